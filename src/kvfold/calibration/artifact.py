@@ -1,0 +1,110 @@
+"""The saved calibration: one safetensors file whose header says what it was made from, and a checksum."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from kvfold.errors import CalibrationError
+
+FORMAT_VERSION = 1
+SUFFIX = ".kvfold.safetensors"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an artifact was made from. `model` and `text` are content hashes."""
+
+    model: str
+    text: str
+    start: float
+    stop: float
+    tokens: int
+    context: int
+    seconds: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    header: Header
+    tensors: Mapping[str, Tensor]
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_artifact(path: Path, artifact: Artifact) -> None:
+    """Writes atomically: a full disk or an interruption leaves an older file as it was.
+
+    Raises CalibrationError where the file cannot be written.
+    """
+    metadata = {
+        "kvfold_format": str(FORMAT_VERSION),
+        "kvfold_header": json.dumps(asdict(artifact.header)),
+        "kvfold_checksum": checksum(artifact.tensors),
+    }
+    write_atomically(path, save(dict(artifact.tensors), metadata))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all. Raises CalibrationError where it cannot be written."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        temporary = None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CalibrationError(f"cannot write {path}: {reason}; free some space or choose another --out") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def load_artifact(path: Path, model: str | None = None) -> Artifact:
+    """Reads and verifies an artifact; `model` is the fingerprint that it must have been made for (None: any).
+
+    Raises CalibrationError for a file that is missing, damaged, of another version or of another model.
+    """
+    again = "run `kvfold calibrate` again"
+    if not path.is_file():
+        raise CalibrationError(f"there is no calibration at {path}; run `kvfold calibrate` first")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            version = metadata.get("kvfold_format")
+            if version is None:
+                raise CalibrationError(f"{path} is not a kvfold calibration; {again}")
+            if version != str(FORMAT_VERSION):
+                raise CalibrationError(f"{path} has format {version}, this kvfold reads {FORMAT_VERSION}; {again}")
+            header = Header(**json.loads(metadata["kvfold_header"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CalibrationError(f"{path} is damaged and cannot be read; {again}") from error
+    if metadata.get("kvfold_checksum") != checksum(tensors):
+        raise CalibrationError(f"{path} fails its checksum; {again}")
+    if model is not None and header.model != model:
+        raise CalibrationError(f"{path} was made for another model; {again} for this one")
+    return Artifact(header, tensors)

@@ -1,0 +1,155 @@
+"""`kvfold generate`: continue prompts, all of them as one batch."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvfold.cli import options
+from kvfold.cli.output import print_json, shown
+from kvfold.cli.progress import ConsoleProgress
+from kvfold.config.method import parse_method
+from kvfold.config.size import parse_bytes
+from kvfold.errors import PromptError
+
+if TYPE_CHECKING:
+    from kvfold import RequestOutput
+
+STDIN = Path("-")
+
+
+def generate(
+    model: options.Model = options.DEFAULT_MODEL,
+    kv: options.KV = "none",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Text to continue; may be repeated.", metavar="TEXT")
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompt-file", help="File with a prompt, - for stdin; may be repeated.", metavar="FILE"
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat/--raw", help="Put each prompt into the model's chat template, or take it as it is."
+        ),
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Makes sampling reproducible.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="Text that ends the output; may be repeated.", metavar="TEXT"),
+    ] = None,
+    kv_memory: options.KVMemory = "1GiB",
+    dtype: options.Dtype = "auto",
+    calibration: options.Calibration = None,
+    json: options.Json = False,
+) -> None:
+    """Continue one or more prompts; several run as one batch.
+
+    The texts go to stdout and the summary to stderr, so that a text can be piped on.
+    """
+    parse_method(kv)
+    memory = parse_bytes(kv_memory)
+    prompts = read_prompts(prompt or [], prompt_file or [])
+
+    from kvfold import LLM, SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
+    )
+    progress = ConsoleProgress()
+    llm = LLM(
+        model, kv=kv, kv_memory=memory, dtype=dtype, seed=seed, calibration=calibration, progress=progress
+    )
+    started = time.perf_counter()
+    if chat:
+        conversations = [[{"role": "user", "content": text}] for text in prompts]
+        outputs = llm.chat(conversations, params, progress=progress)
+    else:
+        outputs = llm.generate(prompts, params, progress=progress)
+    seconds = time.perf_counter() - started
+    if json:
+        results = [_result(output) for output in outputs]
+        print_json({"model": model, "kv": kv, "seconds": seconds, "outputs": results})
+        return
+    for index, output in enumerate(outputs):
+        if len(outputs) > 1:
+            typer.echo(f"--- prompt {index + 1}")
+        typer.echo(output.outputs[0].text)
+    sys.stdout.flush()
+    _print_summary(outputs, seconds)
+
+
+def read_prompts(texts: list[str], files: list[Path]) -> list[str]:
+    """The prompts given as options, then those in files.
+
+    Raises:
+        PromptError: none is given, one is empty, or a file cannot be read as text.
+    """
+    from kvfold.calibration.text import read_text
+
+    prompts = list(texts)
+    for file in files:
+        prompts.append(_read_stdin() if file == STDIN else read_text(file).content)
+    if not prompts:
+        raise PromptError("There is no prompt: give --prompt TEXT or --prompt-file FILE.")
+    if not all(text.strip() for text in prompts):
+        raise PromptError("A prompt is empty: give it some text.")
+    return prompts
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise PromptError("stdin is not UTF-8 text: convert it or give another prompt.") from error
+
+
+def _result(output: "RequestOutput") -> dict[str, Any]:
+    completion, kv, metrics = output.outputs[0], output.kv, output.metrics
+    return {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "kv": {
+            "bytes": kv.bytes,
+            "dense_bytes": kv.dense_bytes,
+            "tokens": kv.tokens,
+            "compression": kv.compression,
+            "bits_per_element": kv.bits_per_element,
+        },
+        "ttft": metrics.ttft,
+        "latency": metrics.latency,
+    }
+
+
+def _print_summary(outputs: list["RequestOutput"], seconds: float) -> None:
+    table = Table(caption=f"{seconds:.1f} s", caption_justify="left")
+    for name in ("prompt", "prompt tokens", "new tokens", "finished by", "KV bytes", "dense", "compression"):
+        table.add_column(name, justify="right")
+    for index, output in enumerate(outputs):
+        completion, kv = output.outputs[0], output.kv
+        table.add_row(
+            str(index + 1),
+            f"{len(output.prompt_token_ids):,}",
+            f"{len(completion.token_ids):,}",
+            str(completion.finish_reason),
+            shown("bytes", kv.bytes),
+            shown("bytes", kv.dense_bytes),
+            shown("compression", kv.compression),
+        )
+    Console(stderr=True).print(table)

@@ -1,0 +1,216 @@
+"""The step loop: schedule, run, sample, and tell what is new."""
+
+import itertools
+import time
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from kvfold.attention.base import AttentionBackend
+from kvfold.attention.reference import ReferenceBackend
+from kvfold.config.engine import EngineConfig
+from kvfold.engine.detokenizer import Detokenizer
+from kvfold.engine.lane import MethodLane
+from kvfold.engine.memory import KVMemory
+from kvfold.engine.outputs import CompletionOutput, FinishReason, KVUsage, Logprob, RequestMetrics, RequestOutput
+from kvfold.engine.params import SamplingParams
+from kvfold.engine.row_state import RowState
+from kvfold.engine.runner import Runner, StepResult
+from kvfold.engine.sampler import Sampler
+from kvfold.engine.scheduler import Scheduler
+from kvfold.engine.sequence import Request, Sequence
+from kvfold.errors import PromptError
+from kvfold.model.decoder import Decoder
+
+
+class Engine:
+    """Serves requests over one model, one pool of KV pages and one or several compression methods (lanes)."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        lanes: Seq[MethodLane],
+        config: EngineConfig,
+        backend: AttentionBackend | None = None,
+    ) -> None:
+        self.lanes = list(lanes)
+        self.memory = KVMemory(config.kv_memory, [lane.layout for lane in lanes], config.chunk)
+        self.scheduler = Scheduler(config, self.memory)
+        self._spec = decoder.spec
+        self._tokenizer = tokenizer
+        self._config = config
+        self._runner = Runner(decoder, lanes, self.memory, backend or ReferenceBackend())
+        self._sampler = Sampler()
+        self._requests: dict[str, Request] = {}
+        self._ids = itertools.count()
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        lane: int = 0,
+        request_id: str | None = None,
+    ) -> str:
+        """Queues a request and returns its id.
+
+        Raises PromptError or MemoryLimitError for a prompt that can never be served.
+        """
+        request_id = request_id if request_id is not None else str(next(self._ids))
+        if request_id in self._requests:
+            raise PromptError(f"request id {request_id!r} is in use; choose another")
+        outside = [t for t in prompt_token_ids if not 0 <= t < self._spec.vocab]
+        if outside:
+            raise PromptError(f"token id {outside[0]} is not in the vocabulary; give ids below {self._spec.vocab}")
+        length, positions = len(prompt_token_ids), self._spec.max_positions
+        self.memory.check_prompt(lane, length, positions)
+        wanted = positions if params.max_tokens is None else min(length + params.max_tokens, positions)
+        limit = self.memory.longest(lane, wanted)
+        request = Request(request_id, prompt, list(prompt_token_ids), params, lane, RequestMetrics(time.monotonic()))
+        for index in range(params.n):
+            output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
+            row = RowState.create(
+                params,
+                request.prompt_token_ids,
+                output_token_ids=output.token_ids,
+                eos_token_ids=self._spec.eos_token_ids,
+                request_id=request_id,
+                index=index,
+                engine_seed=self._config.seed,
+            )
+            request.sequences.append(Sequence(request, row, Detokenizer(self._tokenizer, params), output, limit))
+        self._requests[request_id] = request
+        # The others of n sequences join when the first one has computed the prompt.
+        self.scheduler.add(request.sequences[0])
+        return request_id
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Cancels a request and frees its pages; None where there is no such request."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        for sequence in request.sequences:
+            if not sequence.output.finished:
+                self._finish(sequence, "abort", None)
+        return self._output(request)
+
+    def step(self) -> list[RequestOutput]:
+        """One forward pass. Returns the requests that gained tokens, with everything they have so far."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
+        result = self._runner.run(scheduled)
+        self._collect_prompt_logprobs(result)
+        self._snapshot([s.sequence for s in scheduled])
+        changed = self._sample(result)
+        for request in changed:
+            if request.finished:
+                del self._requests[request.id]
+        if not self._requests:
+            self.check_integrity()
+        return [self._output(request) for request in changed]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless tables, snapshots and pool agree about every page."""
+        self.memory.check_integrity([s.held for s in self.scheduler.running])
+
+    def _collect_prompt_logprobs(self, result: StepResult) -> None:
+        for sequence, _, values in result.prompt_logprobs:
+            request = sequence.request
+            if request.prompt_logprobs is None:
+                request.prompt_logprobs = [None]
+            request.prompt_logprobs += values.as_dicts()
+
+    def _snapshot(self, sequences: list[Sequence]) -> None:
+        """Keeps the state of prompts at block boundaries for later requests with the same beginning."""
+        for sequence in sequences:
+            block, computed = self._config.prefix_block, sequence.computed
+            if computed % block == 0 and computed <= len(sequence.request.prompt_token_ids):
+                self._remember(sequence, fork=True)
+
+    def _remember(self, sequence: Sequence, *, fork: bool) -> None:
+        lane = sequence.request.lane
+        if self._config.prefix_caching and self.lanes[lane].codec.shares_prefixes:
+            tables = sequence.held.fork(self.memory.pool) if fork else sequence.held
+            if not fork:
+                sequence.tables = None
+            self.memory.prefixes[lane].insert(sequence.tokens[: tables.length], tables)
+
+    def _sample(self, result: StepResult) -> list[Request]:
+        sequences, rows = [], []
+        for row, sequence in enumerate(result.ready):
+            started = [sequence]
+            if not sequence.output.token_ids and sequence.output.index == 0:
+                started += self._fork(sequence)
+            sequences += started
+            rows += [row] * len(started)
+        if not sequences:
+            return []
+        sampled = self._sampler.sample(result.logits[rows], [s.row for s in sequences])
+        now = time.monotonic()
+        for sequence, token, logprobs in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
+            sequence.request.metrics.first_token_time = sequence.request.metrics.first_token_time or now
+            self._append(sequence, token, logprobs)
+        return list(dict.fromkeys(s.request for s in sequences))
+
+    def _fork(self, first: Sequence) -> list[Sequence]:
+        others = first.request.sequences[1:]
+        for sequence in others:
+            sequence.tables = first.held.fork(self.memory.pool)
+            self.scheduler.join(sequence)
+        return others
+
+    def _append(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
+        output, params = sequence.output, sequence.request.params
+        output.token_ids.append(token)
+        if logprobs is not None and output.logprobs is not None:
+            output.logprobs.append(logprobs)
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs[token].logprob
+        ends = token in sequence.row.stop_ids and len(output.token_ids) >= params.min_tokens
+        if not ends:
+            sequence.detokenizer.push(token)
+        stopped_by = sequence.detokenizer.stopped_by
+        if ends:
+            self._finish(sequence, "stop", token if token in params.stop_ids else None)
+        elif stopped_by is not None:
+            self._finish(sequence, "stop", stopped_by)
+        elif len(sequence) >= sequence.limit:
+            self._finish(sequence, "length", None)
+        else:
+            output.text = sequence.detokenizer.text
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
+        output = sequence.output
+        sequence.detokenizer.finish()
+        output.text = sequence.detokenizer.text
+        output.finish_reason, output.stop_reason = reason, stop_reason
+        sequence.request.metrics.finished_time = time.monotonic()
+        if sequence.tables is not None:
+            sequence.kv_bytes, sequence.kv_tokens = sequence.tables.nbytes, sequence.computed
+            if reason != "abort":
+                self._remember(sequence, fork=True)
+        self.scheduler.release(sequence)
+
+    def _output(self, request: Request) -> RequestOutput:
+        spec = self._spec
+        bytes_, tokens = 0, 0
+        for sequence in request.sequences:
+            running = sequence.tables is not None
+            bytes_ += sequence.held.nbytes if running else sequence.kv_bytes
+            tokens += sequence.computed if running else sequence.kv_tokens
+        elements = tokens * spec.n_layers * spec.kv_heads * spec.head_dim * 2
+        return RequestOutput(
+            request.id,
+            request.prompt,
+            request.prompt_token_ids,
+            request.prompt_logprobs,
+            [s.output for s in request.sequences],
+            request.finished,
+            KVUsage(bytes_, 2 * elements, tokens, elements),
+            request.metrics,
+        )

@@ -1,0 +1,93 @@
+"""One forward pass over what the scheduler chose: tokens in, logits of the sequences that caught up out."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvfold.attention.base import AttentionBackend, SequenceStep
+from kvfold.engine.lane import MethodLane
+from kvfold.engine.logprobs import TokenLogprobs, token_logprobs
+from kvfold.engine.memory import KVMemory
+from kvfold.engine.scheduler import Scheduled
+from kvfold.engine.sequence import Sequence
+from kvfold.model.decoder import Decoder, Lane
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sequences whose last token was computed, their next-token logits float32 [N, V], and prompt log-probabilities
+    of those that asked: (sequence, position of the first token they are for, values)."""
+
+    ready: list[Sequence]
+    logits: Tensor
+    prompt_logprobs: list[tuple[Sequence, int, TokenLogprobs]]
+
+
+class Runner:
+    """Runs steps of a model over one KV memory; sequences of several lanes share a step's norms and MLPs."""
+
+    def __init__(
+        self, decoder: Decoder, lanes: Seq[MethodLane], memory: KVMemory, backend: AttentionBackend
+    ) -> None:
+        self._decoder = decoder
+        self._lanes = lanes
+        self._memory = memory
+        self._backend = backend
+
+    @torch.inference_mode()
+    def run(self, scheduled: Seq[Scheduled]) -> StepResult:
+        """Computes the scheduled tokens and advances their tables."""
+        ordered = sorted(scheduled, key=lambda s: s.sequence.request.lane)
+        token_ids: list[int] = []
+        positions: list[Tensor] = []
+        for item in ordered:
+            start = item.sequence.computed
+            token_ids += item.sequence.tokens[start : start + item.count]
+            positions.append(torch.arange(start, start + item.count))
+        hidden = self._decoder.forward(torch.tensor(token_ids), torch.cat(positions), self._batch_lanes(ordered))
+        result = self._results(ordered, hidden)
+        for item in ordered:
+            tables = item.sequence.held
+            tables.advance(self._memory.pool, tables.length + item.count)
+        return result
+
+    def _batch_lanes(self, ordered: Seq[Scheduled]) -> list[Lane]:
+        lanes, first = [], 0
+        for index, lane in enumerate(self._lanes):
+            steps, count = [], 0
+            for item in ordered:
+                if item.sequence.request.lane == index:
+                    steps.append(SequenceStep(item.sequence.held, count, item.count))
+                    count += item.count
+            if steps:
+                scale = self._decoder.spec.attention_scale
+                plan = self._backend.plan(self._memory.pool, lane.layout, steps, scale)
+
+                def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, plan=plan) -> Tensor:  # type: ignore[no-untyped-def]
+                    out: Tensor = plan.attend(layer, q, k, v)[0]
+                    return out
+
+                lanes.append(Lane(slice(first, first + count), lane.weights, attend))
+                first += count
+        return lanes
+
+    def _results(self, ordered: Seq[Scheduled], hidden: Tensor) -> StepResult:
+        ready, rows, first = [], [], 0
+        prompt_logprobs = []
+        for item in ordered:
+            sequence, start = item.sequence, item.sequence.computed
+            if start + item.count == len(sequence):
+                ready.append(sequence)
+                rows.append(first + item.count - 1)
+            top = sequence.request.params.prompt_logprobs
+            prompt = sequence.request.prompt_token_ids
+            known = 1 if sequence.request.prompt_logprobs is None else len(sequence.request.prompt_logprobs)
+            begin, end = max(start + 1, known), min(start + item.count + 1, len(prompt))
+            if top is not None and begin < end:
+                logits = self._decoder.logits(hidden[first + begin - start - 1 : first + end - start - 1])
+                values = token_logprobs(logits, torch.tensor(prompt[begin:end]), top)
+                prompt_logprobs.append((sequence, begin, values))
+            first += item.count
+        return StepResult(ready, self._decoder.logits(hidden[rows]), prompt_logprobs)

@@ -1,0 +1,115 @@
+"""Which tokens of which sequences run in the next step: first come, first served, by bytes of the pool."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from kvfold.config.engine import EngineConfig
+from kvfold.engine.memory import KVMemory
+from kvfold.engine.sequence import Sequence
+from kvfold.kv.tables import PageTables
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """`count` tokens of a sequence, from its `computed`-th on; their pages are reserved."""
+
+    sequence: Sequence
+    count: int
+
+
+class Scheduler:
+    """Sequences wait in order of arrival and run in order of arrival. When memory runs out the youngest running
+    one is preempted: its pages are freed, and it computes its tokens again when it gets back."""
+
+    def __init__(self, config: EngineConfig, memory: KVMemory) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._config = config
+        self._memory = memory
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def join(self, sequence: Sequence) -> None:
+        """A sequence that already holds tables, forked from a running one."""
+        self.running.append(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """Tokens for one step; empty only where nothing waits or runs."""
+        budget = self._config.max_batch_tokens
+        scheduled: list[Scheduled] = []
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue  # preempted for an older one
+            count = self._count(sequence, budget)
+            if count and self._make_room(sequence, count):
+                scheduled.append(Scheduled(sequence, count))
+                budget -= count
+        while self.waiting and budget and len(self.running) < self._config.max_sequences:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            count = self._count(sequence, budget)
+            if not self._memory.reserve(sequence.held, sequence.computed + count):
+                self._preempt(sequence)
+                break
+            scheduled.append(Scheduled(sequence, count))
+            budget -= count
+        return scheduled
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence.tables is not None:
+            sequence.tables.release(self._memory.pool)
+            sequence.tables = None
+
+    def _count(self, sequence: Sequence, budget: int) -> int:
+        missing = len(sequence) - sequence.computed
+        count = min(missing, self._config.chunk, budget)
+        if count < missing:
+            # Chunks end where snapshots are taken, if they can.
+            end = sequence.computed + count
+            aligned = end - end % self._config.prefix_block
+            if aligned > sequence.computed:
+                count = aligned - sequence.computed
+        return count
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        while not self._memory.reserve(sequence.held, sequence.computed + count):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.held.release(self._memory.pool)
+        sequence.tables = None
+        sequence.request.metrics.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence its tables if all that runs, and it, fit for a while; a lone one always runs."""
+        memory, lane = self._memory, sequence.request.lane
+        tables = None
+        if self._config.prefix_caching and sequence.request.params.prompt_logprobs is None:
+            tables = memory.prefixes[lane].match(sequence.tokens)
+        tables = tables or PageTables(memory.layouts[lane])
+        promised = sum(
+            memory.wanted(s.request.lane, len(s), s.limit, len(s.held.pages())) for s in self.running
+        )
+        wanted = memory.wanted(lane, len(sequence), sequence.limit, len(tables.pages()))
+        if self.running and promised + wanted > memory.available():
+            tables.release(memory.pool)
+            return False
+        sequence.tables = tables
+        if sequence.request.metrics.first_token_time is None:
+            sequence.request.metrics.cached_prompt_tokens = tables.length
+        return True

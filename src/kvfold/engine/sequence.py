@@ -1,0 +1,58 @@
+"""Requests and their sequences: one progress variable, `tables.length`, catches up with the number of tokens."""
+
+from dataclasses import dataclass, field
+
+from kvfold.engine.detokenizer import Detokenizer
+from kvfold.engine.outputs import CompletionOutput, Logprob, RequestMetrics
+from kvfold.engine.params import SamplingParams
+from kvfold.engine.row_state import RowState
+from kvfold.kv.tables import PageTables
+
+
+@dataclass(eq=False)
+class Request:
+    """What a user asked for: a prompt, parameters, a lane (compression method) and `params.n` sequences."""
+
+    id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    lane: int
+    metrics: RequestMetrics
+    sequences: list["Sequence"] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(s.output.finished for s in self.sequences)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One completion of a request. `tables` is None while it waits; `tables.length` tokens are computed."""
+
+    request: Request
+    row: RowState
+    detokenizer: Detokenizer
+    output: CompletionOutput
+    limit: int  # tokens, prompt and output, at which it ends
+    tables: PageTables | None = None
+    kv_bytes: int = 0  # held when it ended
+    kv_tokens: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.request.prompt_token_ids + self.output.token_ids
+
+    def __len__(self) -> int:
+        return len(self.request.prompt_token_ids) + len(self.output.token_ids)
+
+    @property
+    def computed(self) -> int:
+        return 0 if self.tables is None else self.tables.length
+
+    @property
+    def held(self) -> PageTables:
+        """The tables of a running sequence."""
+        assert self.tables is not None, "only running sequences hold tables"
+        return self.tables

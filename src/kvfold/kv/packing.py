@@ -1,0 +1,135 @@
+"""Rows of numbers to the bytes of blocks and back: the definition that every kernel is tested against."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvfold.kv.format import SCALE_BYTES, PageFormat, Plane, Row, Scale
+
+_RAW_DTYPE = {16: torch.bfloat16, 32: torch.float32}
+
+
+def encode(fmt: PageFormat, key: Tensor, value: Tensor) -> Tensor:
+    """Blocks of rows to bytes.
+
+    key, value: [..., block, head_dim] floating point, in code units where the format's scales are static.
+    Returns uint8 [..., block_bytes]. Codes out of range are clamped.
+    """
+    return torch.cat([_encode_row(fmt.key, fmt.block, key), _encode_row(fmt.value, fmt.block, value)], -1)
+
+
+def decode(fmt: PageFormat, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes of blocks to rows.
+
+    blocks: uint8 [N, B, block_bytes]. Returns float32 keys [N, key.kept, B * block] and values
+    [N, value.kept, B * block]: dimension-major, as attention multiplies them.
+    """
+    return (
+        _decode_row(fmt.key, fmt.block, blocks[..., : fmt.key_bytes]),
+        _decode_row(fmt.value, fmt.block, blocks[..., fmt.key_bytes : fmt.block_bytes]),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _planes(row: Row, block: int) -> tuple[Plane, ...]:
+    return row.planes(block)
+
+
+@lru_cache(maxsize=4096)
+def _centre(row: Row) -> Tensor:
+    """Middle of the code range of each coded dimension, [kept - raw]: what a static code is counted from."""
+    return torch.tensor([(2**bits - 1) / 2 for bits in row.widths[row.raw :]])
+
+
+@lru_cache(maxsize=64)
+def _shifts(bits: int) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
+
+
+def _bytes(x: Tensor, lead: torch.Size) -> Tensor:
+    """The bytes of the numbers in x [*lead, ...], uint8 [*lead, n]."""
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8).reshape(*lead, -1)
+
+
+def _scale_shape(row: Row, block: int) -> tuple[int, int, int, int]:
+    """(dimension groups, dimensions in one, token groups, tokens in one): what shares an offset and a step."""
+    if row.scale is Scale.CHANNEL:
+        return row.kept, 1, 1, block
+    group = row.group or row.kept
+    return row.kept // group, group, block, 1
+
+
+def _encode_row(row: Row, block: int, x: Tensor) -> Tensor:
+    x = x[..., : row.kept].transpose(-1, -2).float()  # [..., kept, block]
+    lead = x.shape[:-2]
+    parts: list[Tensor] = []
+    if row.raw:
+        parts.append(_bytes(x[..., : row.raw, :].to(_RAW_DTYPE[row.raw_bits]), lead))
+    if row.kept > row.raw:
+        top = 2 * _centre(row)[:, None]
+        scales: list[Tensor] = []
+        if row.scale is Scale.STATIC:
+            codes = x[..., row.raw :, :] + top / 2
+        else:
+            codes, scales = _scale(row, block, x, top)
+        # Infinities clamp like any other outlier; NaN has no code and its conversion to integers is undefined.
+        codes = torch.nan_to_num(codes).round_().clamp_(min=0).minimum(top).to(torch.uint8)
+        parts += [_pack(codes, p.bits, p.shift, p.start - row.raw, p.stop - row.raw) for p in _planes(row, block)]
+        parts += [_bytes(s, lead) for s in scales]
+    return torch.cat(parts, -1) if parts else x.new_empty((*lead, 0), dtype=torch.uint8)
+
+
+def _scale(row: Row, block: int, x: Tensor, top: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Codes [..., kept, block] (not yet rounded) with the offsets and steps they were made with."""
+    shape = _scale_shape(row, block)
+    groups = x.reshape(*x.shape[:-2], *shape)
+    low = groups.amin((-3, -1), keepdim=True)
+    levels = top.reshape(shape[0], shape[1], 1, 1).amax(1, keepdim=True)
+    step = (groups.amax((-3, -1), keepdim=True) - low) / levels
+    # The codes are made with the rounded scales that the reader will see.
+    low, step = (s.clamp(-65504, 65504).to(torch.float16) for s in (low, step))
+    codes = (groups - low.float()) / step.float().clamp(min=1e-12)
+    return codes.reshape(x.shape), [low, step]
+
+
+def _pack(codes: Tensor, bits: int, shift: int, start: int, stop: int) -> Tensor:
+    """uint8 codes [..., dims, block] to the bytes [..., n] of one plane."""
+    part = (codes[..., start:stop, :] >> shift) & (2**bits - 1)
+    per_byte = 8 // bits
+    part = part.reshape(*part.shape[:-1], per_byte, part.shape[-1] // per_byte)
+    return (part << _shifts(bits)).sum(-2, dtype=torch.uint8).flatten(-2)
+
+
+def _decode_row(row: Row, block: int, data: Tensor) -> Tensor:
+    n, b = data.shape[:2]
+    out = torch.empty(n, row.kept, b, block)
+    if row.raw:
+        size = row.raw * block * row.raw_bits // 8
+        raw = data[..., :size].contiguous().view(_RAW_DTYPE[row.raw_bits]).view(n, b, row.raw, block)
+        out[:, : row.raw].copy_(raw.transpose(1, 2))
+    if row.kept > row.raw:
+        codes = torch.zeros(n, row.kept - row.raw, b, block, dtype=torch.uint8)
+        for p in _planes(row, block):
+            packed = data[..., p.offset : p.offset + p.size].view(n, b, p.stop - p.start, 1, block * p.bits // 8)
+            part = packed if p.bits == 8 else (packed >> _shifts(p.bits)) & (2**p.bits - 1)
+            part = part.reshape(n, b, p.stop - p.start, block).transpose(1, 2)
+            codes[:, p.start - row.raw : p.stop - row.raw] |= part << p.shift
+        coded = out[:, row.raw :]
+        if row.scale is Scale.STATIC:
+            torch.sub(codes, _centre(row)[:, None, None], out=coded)
+        else:
+            low, step = _read_scales(row, block, data)
+            groups = codes.view(n, *_scale_shape(row, block)[:2], b, *_scale_shape(row, block)[2:])
+            coded.copy_((groups * step + low).view(n, row.kept, b, block))
+    return out.view(n, row.kept, b * block)
+
+
+def _read_scales(row: Row, block: int, data: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets and steps, float32 [N, dimension groups, 1, B, token groups, 1]."""
+    n, b = data.shape[:2]
+    count = row.scale_count(block)
+    raw = data[..., data.shape[-1] - 2 * SCALE_BYTES * count :].contiguous().view(torch.float16)
+    dims, _, tokens, _ = _scale_shape(row, block)
+    shaped = raw.view(n, b, 2, dims, tokens).permute(2, 0, 3, 1, 4).float()
+    return shaped[0].view(n, dims, 1, b, tokens, 1), shaped[1].view(n, dims, 1, b, tokens, 1)

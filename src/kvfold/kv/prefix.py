@@ -1,0 +1,85 @@
+"""Caches of prefixes that requests left behind, found again by the tokens they hold."""
+
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvfold.kv.pool import PagePool
+from kvfold.kv.tables import PageTables
+
+
+class PrefixIndex:
+    """Frozen page tables by the tokens they were made from, least recently used first.
+
+    A snapshot holds the exact recent tokens of its length too, so that whoever goes on from it computes what it
+    would have computed without it. Its pages are shared by reference count and copied by whoever writes first.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._entries: OrderedDict[bytes, PageTables] = OrderedDict()
+        self._lengths: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def insert(self, tokens: Sequence[int], tables: PageTables) -> None:
+        """Takes over `tables`, which hold exactly `tokens`; releases them where the prefix is known already."""
+        if len(tokens) != tables.length:
+            raise ValueError(f"tables of {tables.length} tokens for a prefix of {len(tokens)}")
+        digest = _digests(tokens, [len(tokens)])[0]
+        if digest in self._entries:
+            self._entries.move_to_end(digest)
+            tables.release(self._pool)
+            return
+        self._entries[digest] = tables
+        self._lengths[tables.length] += 1
+
+    def match(self, tokens: Sequence[int]) -> PageTables | None:
+        """A fork of the longest snapshot of a proper prefix of `tokens`, or None."""
+        lengths = sorted(n for n in self._lengths if n < len(tokens))
+        for digest in reversed(_digests(tokens, lengths)):
+            if digest in self._entries:
+                self._entries.move_to_end(digest)
+                return self._entries[digest].fork(self._pool)
+        return None
+
+    def evict(self) -> bool:
+        """Drops the least recently used snapshot. Returns False where there is none."""
+        if not self._entries:
+            return False
+        _, tables = self._entries.popitem(last=False)
+        self._lengths[tables.length] -= 1
+        if not self._lengths[tables.length]:
+            del self._lengths[tables.length]
+        tables.release(self._pool)
+        return True
+
+    def clear(self) -> None:
+        while self.evict():
+            pass
+
+    def tables(self) -> list[PageTables]:
+        """All tables held, for the integrity check."""
+        return list(self._entries.values())
+
+    def evictable_pages(self) -> int:
+        """Pages that would become free if every snapshot were dropped."""
+        held = [tables.pages() for tables in self._entries.values()]
+        if not held:
+            return 0
+        pages, counts = np.unique(np.concatenate(held), return_counts=True)
+        return int((self._pool.references(pages) == counts).sum())
+
+
+def _digests(tokens: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+    """Hash of the first n tokens for each of the ascending lengths."""
+    data = np.asarray(tokens, np.int64)
+    state, done, found = hashlib.blake2b(digest_size=16), 0, []
+    for n in lengths:
+        state.update(data[done:n].tobytes())
+        done = n
+        found.append(state.copy().digest())
+    return found
