@@ -9,14 +9,15 @@ settings.register_profile("kvfold", deadline=None, max_examples=60)  # a shared 
 settings.load_profile("kvfold")
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 
 TINY_TEXT = (
-    "A page belongs to one sequence, one layer and one head. The scheduler admits a request when its pages fit. "
-    "Keys and values are held as codes; attention reads the codes and never the dense rows. What leaves the window "
-    "is sealed, and what is sealed stays as it is. Two requests with the same beginning share its pages.\n"
+    "A page belongs to one sequence, one layer and one head. The scheduler admits a request when its pages "
+    "fit. Keys and values are held as codes; attention reads the codes and never the dense rows. What leaves "
+    "the window is sealed, and what is sealed stays as it is. Two requests with the same "
+    "beginning share its pages.\n"
 )
 
 
@@ -24,8 +25,8 @@ TINY_TEXT = (
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a random Llama: 2 layers, 4 heads, 2 KV heads, head_dim 16, 512 positions, float32.
 
-    It holds config.json, model.safetensors and a byte-level BPE tokenizer with a chat template; end of sequence
-    is `<|end|>`.
+    It holds config.json, model.safetensors and a byte-level BPE tokenizer with a chat template; its
+    end of sequence is `<|end|>`.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

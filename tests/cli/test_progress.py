@@ -47,11 +47,18 @@ def test_on_a_terminal_long_work_is_a_bar_that_goes_away(total: int | None) -> N
     assert not progress.bars().tasks
 
 
-def test_a_failing_task_leaves_no_bar() -> None:
-    target, stream = console(terminal=True)
-    progress = ConsoleProgress(target, delay=0)
-    with pytest.raises(KeyboardInterrupt), progress.task("Outer") as advance:
-        while "Outer" not in stream.getvalue():
+def interrupted_task(progress: ConsoleProgress, stream: io.StringIO) -> None:
+    """Raise in the middle of a shown task that is inside another."""
+    with progress.task("Outer"), progress.task("Reading") as advance:
+        while "Reading" not in stream.getvalue():
             advance()
         raise KeyboardInterrupt
+
+
+def test_an_interrupted_task_leaves_no_bar() -> None:
+    target, stream = console(terminal=True)
+    progress = ConsoleProgress(target, delay=0)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_task(progress, stream)
     assert progress.shown == 0
+    assert not progress.bars().tasks

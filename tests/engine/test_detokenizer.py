@@ -175,7 +175,7 @@ def test_a_character_held_back_is_released_at_the_end() -> None:
 
 
 def test_tokenizers_of_transformers_serve_with_and_without_the_rust_backend() -> None:
-    fast = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token=SPECIAL)  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token=SPECIAL)
 
     class Slow:
         """Only what a slow tokenizer has in common with a fast one."""

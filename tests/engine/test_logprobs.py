@@ -28,5 +28,5 @@ def test_token_logprobs_do_not_depend_on_how_rows_are_divided(
 
 
 def test_equally_likely_tokens_share_a_rank() -> None:
-    entry = token_logprobs(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), torch.tensor([2]), top=3).as_dicts()[0]
-    assert {token_id: logprob.rank for token_id, logprob in entry.items()} == {1: 1, 2: 1, 0: 3}
+    entry = token_logprobs(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), torch.tensor([3]), top=3).as_dicts()[0]
+    assert {token_id: logprob.rank for token_id, logprob in entry.items()} == {3: 4, 1: 1, 2: 1, 0: 3}

@@ -2,21 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import kvfold
 from kvfold.cli import options
 from kvfold.cli.demo_document import ANSWER, QUESTION, demo_prompt
 from kvfold.cli.output import print_json, shown
 from kvfold.cli.progress import ConsoleProgress
 from kvfold.config.method import parse_method
-
-if TYPE_CHECKING:
-    from kvfold import RequestOutput
 
 DENSE = "none"
 
@@ -55,16 +53,16 @@ def demo(
 
 def run_once(model: str, kv: str, prompt: str, max_tokens: int, dtype: str) -> Run:
     """Answer `prompt` with an engine of its own, so that no run profits from another's cache."""
-    from kvfold import LLM, SamplingParams
-
     progress = ConsoleProgress()
-    llm = LLM(model, kv=kv, dtype=dtype, progress=progress)
+    llm = kvfold.LLM(model, kv=kv, dtype=dtype, progress=progress)
     messages = [{"role": "user", "content": prompt}]
-    output = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=max_tokens), progress=progress)[0]
+    output = llm.chat(
+        messages, kvfold.SamplingParams(temperature=0.0, max_tokens=max_tokens), progress=progress
+    )[0]
     return summarise(kv, output)
 
 
-def summarise(kv: str, output: "RequestOutput") -> Run:
+def summarise(kv: str, output: "kvfold.RequestOutput") -> Run:
     """The figures of a finished request. The first token ends prefill; decoding makes all the others."""
     completion, metrics = output.outputs[0], output.metrics
     prefill = metrics.ttft or 0.0

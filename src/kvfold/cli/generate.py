@@ -3,21 +3,19 @@
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+import kvfold
 from kvfold.cli import options
 from kvfold.cli.output import print_json, shown
 from kvfold.cli.progress import ConsoleProgress
 from kvfold.config.method import parse_method
 from kvfold.config.size import parse_bytes
 from kvfold.errors import PromptError
-
-if TYPE_CHECKING:
-    from kvfold import RequestOutput
 
 STDIN = Path("-")
 
@@ -64,13 +62,11 @@ def generate(
     memory = parse_bytes(kv_memory)
     prompts = read_prompts(prompt or [], prompt_file or [])
 
-    from kvfold import LLM, SamplingParams
-
-    params = SamplingParams(
+    params = kvfold.SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
     )
     progress = ConsoleProgress()
-    llm = LLM(
+    llm = kvfold.LLM(
         model, kv=kv, kv_memory=memory, dtype=dtype, seed=seed, calibration=calibration, progress=progress
     )
     started = time.perf_counter()
@@ -117,7 +113,7 @@ def _read_stdin() -> str:
         raise PromptError("stdin is not UTF-8 text: convert it or give another prompt.") from error
 
 
-def _result(output: "RequestOutput") -> dict[str, Any]:
+def _result(output: "kvfold.RequestOutput") -> dict[str, Any]:
     completion, kv, metrics = output.outputs[0], output.kv, output.metrics
     return {
         "text": completion.text,
@@ -137,7 +133,7 @@ def _result(output: "RequestOutput") -> dict[str, Any]:
     }
 
 
-def _print_summary(outputs: list["RequestOutput"], seconds: float) -> None:
+def _print_summary(outputs: list["kvfold.RequestOutput"], seconds: float) -> None:
     table = Table(caption=f"{seconds:.1f} s", caption_justify="left")
     for name in ("prompt", "prompt tokens", "new tokens", "finished by", "KV bytes", "dense", "compression"):
         table.add_column(name, justify="right")

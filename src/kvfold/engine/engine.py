@@ -43,6 +43,7 @@ class Engine:
         self._sampler = Sampler()
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
+        self.processed_tokens = 0  # prompt tokens computed and tokens generated, ever
 
     @property
     def has_unfinished(self) -> bool:
@@ -67,6 +68,7 @@ class Engine:
         outside = [t for t in prompt_token_ids if not 0 <= t < self._spec.vocab]
         if outside:
             raise PromptError(f"token id {outside[0]} is not in the vocabulary; give ids below {self._spec.vocab}")
+        params.check_vocabulary(self._spec.vocab)
         length, positions = len(prompt_token_ids), self._spec.max_positions
         self.memory.check_prompt(lane, length, positions)
         wanted = positions if params.max_tokens is None else min(length + params.max_tokens, positions)
@@ -107,6 +109,7 @@ class Engine:
         result = self._runner.run(scheduled)
         self._collect_prompt_logprobs(result)
         self._snapshot([s.sequence for s in scheduled])
+        self.processed_tokens += sum(s.count for s in scheduled)
         changed = self._sample(result)
         for request in changed:
             if request.finished:
@@ -131,14 +134,12 @@ class Engine:
         for sequence in sequences:
             block, computed = self._config.prefix_block, sequence.computed
             if computed % block == 0 and computed <= len(sequence.request.prompt_token_ids):
-                self._remember(sequence, fork=True)
+                self._remember(sequence)
 
-    def _remember(self, sequence: Sequence, *, fork: bool) -> None:
+    def _remember(self, sequence: Sequence) -> None:
         lane = sequence.request.lane
         if self._config.prefix_caching and self.lanes[lane].codec.shares_prefixes:
-            tables = sequence.held.fork(self.memory.pool) if fork else sequence.held
-            if not fork:
-                sequence.tables = None
+            tables = sequence.held.fork(self.memory.pool)
             self.memory.prefixes[lane].insert(sequence.tokens[: tables.length], tables)
 
     def _sample(self, result: StepResult) -> list[Request]:
@@ -193,7 +194,7 @@ class Engine:
         if sequence.tables is not None:
             sequence.kv_bytes, sequence.kv_tokens = sequence.tables.nbytes, sequence.computed
             if reason != "abort":
-                self._remember(sequence, fork=True)
+                self._remember(sequence)
         self.scheduler.release(sequence)
 
     def _output(self, request: Request) -> RequestOutput:

@@ -29,14 +29,7 @@ class KVMemory:
 
     def longest(self, lane: int, limit: int) -> int:
         """The longest sequence up to `limit` tokens that all of the memory can hold."""
-        low, high = 0, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.pages(lane, middle) <= self.pool.n_pages:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return self.layouts[lane].longest(self.pool.n_pages, limit, self._chunk)
 
     def check_prompt(self, lane: int, length: int, positions: int) -> None:
         """Raises PromptError or MemoryLimitError for a prompt that can never be served."""

@@ -44,7 +44,7 @@ class Runner:
         positions: list[Tensor] = []
         for item in ordered:
             start = item.sequence.computed
-            token_ids += item.sequence.tokens[start : start + item.count]
+            token_ids += item.sequence.tokens_from(start, item.count)
             positions.append(torch.arange(start, start + item.count))
         hidden = self._decoder.forward(torch.tensor(token_ids), torch.cat(positions), self._batch_lanes(ordered))
         result = self._results(ordered, hidden)

@@ -44,6 +44,13 @@ class Sequence:
     def tokens(self) -> list[int]:
         return self.request.prompt_token_ids + self.output.token_ids
 
+    def tokens_from(self, start: int, count: int) -> list[int]:
+        """`count` tokens from position `start` on."""
+        prompt = self.request.prompt_token_ids
+        if start >= len(prompt):
+            return self.output.token_ids[start - len(prompt) : start - len(prompt) + count]
+        return prompt[start : start + count] + self.output.token_ids[: max(0, start + count - len(prompt))]
+
     def __len__(self) -> int:
         return len(self.request.prompt_token_ids) + len(self.output.token_ids)
 

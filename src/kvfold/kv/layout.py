@@ -107,3 +107,12 @@ class CacheLayout:
     def live_rows(self, length: int) -> NDArray[np.int64]:
         """Per head the first far row that a query at position `length` or later can see, [layers * kv_heads]."""
         return np.clip(length - self.first_live + 1 - self.sinks, 0, self.far_tokens(length))
+
+    def longest(self, pages: int, limit: int, chunk: int = 1) -> int:
+        """The longest sequence up to `limit` tokens that `pages` pages hold while it grows by `chunk` tokens."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.pages(middle, max(0, middle - chunk)) <= pages
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low

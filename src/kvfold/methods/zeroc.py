@@ -195,6 +195,17 @@ def _folded(weight: Tensor, bias: Tensor, forward: Tensor, shift: Tensor) -> tup
     return forward.mT @ weight, (bias[:, None] @ forward)[:, 0] + shift
 
 
+def flat_statistics(shape: CacheShape) -> dict[str, Tensor]:
+    """Statistics that tell dimensions and heads not apart: what a cache costs before anything is calibrated."""
+    d = shape.head_dim
+    heads = (shape.layers, shape.kv_heads)
+    identity = torch.eye(d).expand(*heads, d, d)
+    flat = torch.ones(*heads, d, len(WIDTHS))
+    loss = torch.tensor([4.0**-bits for bits in WIDTHS]).expand_as(flat)
+    fields = {"a": identity, "b": identity, "offset": 0 * flat, "step": flat, "loss": loss}
+    return {f"{name}.{side}.{field}": x for name in get_args(MapName) for side in SIDES for field, x in fields.items()}
+
+
 def code_bits(layout: CacheLayout) -> float:
     """Bits per element of far pages, page ends included, averaged over heads."""
     per_token = [fmt.bytes_per_token for layer in layout.far for fmt in layer]

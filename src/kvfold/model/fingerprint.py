@@ -48,6 +48,8 @@ def _tensors(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
             for name, entry in header.items():
                 if name == "__metadata__":
@@ -57,7 +59,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, bytes]]:
                 for block in _blocks(file, 8 + length + begin, 8 + length + end, _BLOCKS_PER_TENSOR):
                     digest.update(block)
                 yield name, digest.digest()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is truncated or not a safetensors file: download it again") from error
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,34 +37,37 @@ def convert_gguf(path: Path, progress: Progress = SILENT) -> Path:
 
 def _convert(path: Path, directory: Path, progress: Progress) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with progress.task(f"converting {path.name} (once)", total=3) as advance, _quiet_transformers():
+    with progress.task(f"converting {path.name} (once)", total=4) as advance, _quiet_transformers():
         with _as_model_error(path):
-            _check_family(path)
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            _check_family(path, config.model_type)
+            advance()
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             advance()
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
+                config=config,
                 gguf_file=path.name,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
             )
         advance()
-        # Twice the space of the parameters' numbers, and room for the tokenizer.
+        # Two bytes per parameter, and room for the tokenizer.
         check_space(directory, 2 * sum(p.numel() for p in model.parameters()) + (32 << 20))
-        # The saved config must not call the converted weights quantised.
-        model.config.__dict__.pop("quantization_config", None)
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        try:
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+        except SafetensorError as error:
+            # What a disk that fills up while writing looks like from safetensors.
+            raise OSError(str(error)) from error
         advance()
 
 
-def _check_family(path: Path) -> None:
+def _check_family(path: Path, kind: str) -> None:
     """Refuse an unsupported family before the long part of the conversion."""
-    from transformers import AutoConfig
-
-    kind = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).model_type
     if kind.removesuffix("_text") not in FAMILIES:
         raise ModelError(
             f"{path} is a {kind} model, which is not supported: choose one of {', '.join(FAMILIES)}"
@@ -88,14 +92,19 @@ def _as_model_error(path: Path) -> Iterator[None]:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence the progress bars and log lines of transformers, and restore them after."""
+    from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging
 
+    # The GGUF reader draws its bar through tqdm itself, out of reach of transformers' own switch.
+    bar = reader.tqdm
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    reader.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
+        reader.tqdm = bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

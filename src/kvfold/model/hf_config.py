@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SUPPORTED = ", ".join(FAMILIES)
+# What transformers, torch and the family table raise for entries of the wrong type, size or name.
+_INVALID = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def read_spec(directory: Path) -> ModelSpec:
@@ -31,7 +33,7 @@ def read_spec(directory: Path) -> ModelSpec:
     config = _text_config(_parse(directory))
     try:
         spec = FAMILIES[family](config)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except _INVALID as error:
         raise _corrupt(directory, error) from error
     _check_sizes(spec, directory)
     return replace(spec, eos_token_ids=_eos_token_ids(directory, raw, config))
@@ -74,7 +76,7 @@ def _parse(directory: Path) -> "PreTrainedConfig":
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, StrictDataclassError) as error:
+    except (*_INVALID, StrictDataclassError) as error:
         raise _corrupt(directory, error) from error
     return config
 

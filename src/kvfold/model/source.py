@@ -33,7 +33,7 @@ def resolve_config(source: str | Path, progress: Progress = SILENT) -> Path:
 def _resolve_local(source: str | Path, progress: Progress) -> Path | None:
     """The directory of a source that needs no network; None: the source is a hub id."""
     path = Path(source).expanduser()
-    if path.is_dir():
+    if str(source) and path.is_dir():  # Path("") would be the working directory
         return path
     if path.suffix.lower() == ".gguf":
         return convert_gguf(path, progress)

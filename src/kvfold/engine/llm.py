@@ -1,0 +1,178 @@
+"""The offline face of the engine, in the conventions of vLLM."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.attention.base import AttentionBackend
+from kvfold.calibration.run import find_artifact
+from kvfold.config.engine import EngineConfig
+from kvfold.config.progress import SILENT, Progress
+from kvfold.config.size import parse_bytes
+from kvfold.engine.engine import Engine
+from kvfold.engine.lane import MethodLane, build_lane
+from kvfold.engine.outputs import RequestOutput
+from kvfold.engine.params import SamplingParams
+from kvfold.engine.search import Trial, search_bits
+from kvfold.errors import ConfigError, PromptError
+from kvfold.methods.registry import build_codec
+from kvfold.methods.zeroc import ZeroC
+from kvfold.model.loading import LoadedModel, load_model
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Messages = list[dict[str, Any]]
+
+
+class LLM:
+    """A model with its KV cache, ready to generate.
+
+    model: alias, directory, hub id or GGUF file. kv: the method, such as "none" or "zeroc(bits=4)"; methods that
+    need a calibration find the model's own in the user's cache (made on first use), or take `calibration`.
+    kv_memory: bytes or a size such as "1GiB". dtype: of weights and activations; "auto" is bfloat16 where the
+    processor computes in it and float32 elsewhere. kv_dtype: of uncompressed keys and values; "auto" is float32
+    where dtype="float32" is asked for and bfloat16 otherwise. chunk: prompt tokens of one request per step.
+    `curve` holds what a search for `max_loss` measured.
+
+    Raises ConfigError, ModelError, CalibrationError or MemoryLimitError before any token is computed.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "smollm2-135m",
+        *,
+        kv: str = "none",
+        kv_memory: int | str = "1GiB",
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        seed: int = 0,
+        calibration: Path | str | None = None,
+        chunk: int = 512,
+        max_batch_tokens: int = 2048,
+        prefix_caching: bool = True,
+        threads: int | None = None,
+        backend: AttentionBackend | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        config = EngineConfig(parse_bytes(kv_memory), chunk, max_batch_tokens, prefix_caching=prefix_caching, seed=seed)
+        build_codec(kv)  # a misspelt method fails before the model is loaded
+        if threads is not None:
+            if threads < 1:
+                raise ConfigError(f"threads={threads} is out of range; give a positive number")
+            torch.set_num_threads(threads)
+        compute, raw_bits = resolve_dtypes(dtype, kv_dtype)
+        self.model = load_model(model, dtype=compute, progress=progress)
+        path = None if calibration is None else Path(calibration)
+        lane, self.curve = prepare_lane(self.model, kv, raw_bits, path, progress)
+        self.kv = lane.label
+        self.engine = Engine(self.model.decoder, self.model.tokenizer, [lane], config, backend)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress = SILENT,
+    ) -> list[RequestOutput]:
+        """Completes prompts (texts, lists of token ids, or {"prompt_token_ids": [...]}) as one batch, in order.
+
+        params: one for all prompts or one for each. A prompt that cannot be served raises before any work.
+        Interrupted (KeyboardInterrupt), it cancels all requests and frees their pages.
+        """
+        listed = _listed(prompts)
+        each = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(listed):
+            raise PromptError(f"{len(each)} sampling parameters for {len(listed)} prompts; give one for each or one for all")
+        return self._run([self._tokenized(p) for p in listed], each, progress)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress = SILENT,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several, rendered with the model's chat template."""
+        several: Any = messages
+        if not several:
+            raise PromptError("the conversation is empty; give at least one message")
+        conversations = [several] if isinstance(several[0], Mapping) else list(several)
+        tokenizer: Any = self.model.tokenizer
+        if tokenizer.chat_template is None:
+            raise PromptError("the model has no chat template; use generate with a plain prompt")
+        prompts = []
+        for conversation in conversations:
+            try:
+                text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # templates are programs of the model's and raise anything
+                raise PromptError(f"the chat template refuses the messages ({error}); check roles and contents") from error
+            prompts.append({"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]})
+        return self.generate(prompts, params, progress=progress)
+
+    def _tokenized(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            tokenizer: Any = self.model.tokenizer
+            return prompt, tokenizer(prompt, verbose=False)["input_ids"]
+        ids = prompt["prompt_token_ids"] if isinstance(prompt, Mapping) else prompt
+        return None, list(ids)
+
+    def _run(
+        self, prompts: list[tuple[str | None, list[int]]], params: list[SamplingParams], progress: Progress
+    ) -> list[RequestOutput]:
+        engine = self.engine
+        ids: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        try:
+            for (prompt, token_ids), each in zip(prompts, params, strict=True):
+                ids.append(engine.add_request(token_ids, each, prompt=prompt))
+            work = sum(len(token_ids) for _, token_ids in prompts)
+            with progress.task("generating", work + sum((p.max_tokens or 0) * p.n for p in params)) as advance:
+                before = 0
+                while engine.has_unfinished:
+                    for output in engine.step():
+                        if output.finished:
+                            done[output.request_id] = output
+                    after = engine.processed_tokens
+                    advance(after - before)
+                    before = after
+        finally:
+            for request_id in ids:
+                engine.abort(request_id)
+        return [done[request_id] for request_id in ids]
+
+
+def resolve_dtypes(dtype: str, kv_dtype: str) -> tuple[torch.dtype, int]:
+    """The dtype to compute in, and the bits of an uncompressed element of the cache."""
+    known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    for name, value in (("dtype", dtype), ("kv_dtype", kv_dtype)):
+        if value not in ("auto", *known):
+            raise ConfigError(f"{name}={value!r} is unknown; choose auto, bfloat16 or float32")
+    native = torch.cpu.get_capabilities()
+    fast = native.get("avx512_bf16") or native.get("amx_bf16") or native.get("bf16")
+    compute = known.get(dtype, torch.bfloat16 if fast else torch.float32)
+    stored = known.get(kv_dtype, torch.float32 if dtype == "float32" else torch.bfloat16)
+    return compute, torch.finfo(stored).bits
+
+
+def prepare_lane(
+    model: LoadedModel, kv: str, raw_bits: int, calibration: Path | None = None, progress: Progress = SILENT
+) -> tuple[MethodLane, list[Trial]]:
+    """Builds the lane of a method string; calibrates or searches first where the method asks for it."""
+    codec = build_codec(kv)
+    if not codec.needs_calibration:
+        return build_lane(model.decoder, kv, codec, raw_bits), []
+    path, artifact = find_artifact(model, calibration, progress)
+    curve: list[Trial] = []
+    if isinstance(codec, ZeroC) and codec.max_loss is not None:
+        codec, curve = search_bits(model, codec, artifact, path, raw_bits, progress)
+    return build_lane(model.decoder, kv, codec, raw_bits, artifact.tensors), curve
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    several: Any = list(prompts)
+    if not several:
+        raise PromptError("there is no prompt; give at least one")
+    return [several] if isinstance(several[0], int) else several

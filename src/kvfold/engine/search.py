@@ -1,0 +1,89 @@
+"""`zeroc(max_loss=...)`: the fewest bits whose measured loss on held-out text stays within the limit."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from kvfold.calibration.artifact import Artifact, write_atomically
+from kvfold.config.engine import EngineConfig
+from kvfold.config.progress import SILENT, Progress
+from kvfold.engine.engine import Engine
+from kvfold.engine.lane import build_lane
+from kvfold.engine.scoring import score
+from kvfold.errors import CalibrationError
+from kvfold.methods.dense import Dense
+from kvfold.methods.zeroc import ZeroC
+from kvfold.model.loading import LoadedModel
+
+LOWEST, HIGHEST, STEP = 1.0, 8.0, 0.125
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`bits` per element raised the perplexity of held-out text by the fraction `loss`."""
+
+    bits: float
+    loss: float
+
+
+def search_bits(
+    model: LoadedModel, codec: ZeroC, artifact: Artifact, path: Path, raw_bits: int, progress: Progress = SILENT
+) -> tuple[ZeroC, list[Trial]]:
+    """The codec with `bits` in place of `max_loss`, and the curve that was measured, most bits first.
+
+    Bisects on a grid of 1/8 bit. What was measured is kept beside the artifact at `path` for the next time.
+    Raises CalibrationError where not even 8 bits meet the limit.
+    """
+    assert codec.max_loss is not None
+    windows = [window.tolist() for window in artifact.tensors["held_out"]]
+    memory = replace(EngineConfig(), kv_memory=2 * len(windows) * _dense_bytes(model, len(windows[0]), raw_bits))
+    memory = replace(memory, prefix_caching=False)
+    known = _read(path, codec)
+
+    def perplexity(method: ZeroC | Dense, what: str) -> float:
+        lane = build_lane(model.decoder, what, method, raw_bits, artifact.tensors)
+        engine = Engine(model.decoder, model.tokenizer, [lane], memory)
+        return score(engine, windows, what=f"measuring {what}", progress=progress).perplexity
+
+    def loss(bits: float) -> float:
+        if bits not in known:
+            if "dense" not in dense:
+                dense["dense"] = perplexity(Dense(), "none")
+            trial = replace(codec, bits=bits, max_loss=None)
+            known[bits] = perplexity(trial, f"zeroc(bits={bits:g})") / dense["dense"] - 1
+        return known[bits]
+
+    dense: dict[str, float] = {}
+    low, high = round(LOWEST / STEP) - 1, round(HIGHEST / STEP)  # low fails (or is off the grid), high holds
+    if loss(high * STEP) > codec.max_loss:
+        raise CalibrationError(
+            f"max_loss={codec.max_loss:g} is not met even at {HIGHEST:g} bits ({known[HIGHEST]:+.2%}); allow more loss"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if loss(middle * STEP) <= codec.max_loss else (middle, high)
+    _write(path, codec, known)
+    curve = [Trial(bits, known[bits]) for bits in sorted(known, reverse=True)]
+    return replace(codec, bits=high * STEP, max_loss=None), curve
+
+
+def _dense_bytes(model: LoadedModel, tokens: int, raw_bits: int) -> int:
+    spec = model.spec
+    return spec.n_layers * spec.kv_heads * spec.head_dim * 2 * (tokens + 64) * raw_bits // 8
+
+
+def _key(codec: ZeroC) -> str:
+    return f"{codec.map} {codec.sinks} {codec.recent}"
+
+
+def _read(path: Path, codec: ZeroC) -> dict[float, float]:
+    try:
+        curves = json.loads(path.with_suffix(".json").read_text())
+        return {trial["bits"]: trial["loss"] for trial in curves[_key(codec)]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # nothing measured yet, or nothing readable: it is measured again
+
+
+def _write(path: Path, codec: ZeroC, known: dict[float, float]) -> None:
+    curves = {_key(codec): [asdict(Trial(bits, loss)) for bits, loss in sorted(known.items())]}
+    write_atomically(path.with_suffix(".json"), json.dumps(curves, indent=1).encode())

@@ -1,0 +1,1 @@
+"""Measures and reports of what a method costs and saves."""
