@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfold.model.attention_weights import AttentionWeights
+from kvfold.methods.base import AttentionWeights
 from kvfold.model.decoder import Decoder, Lane
 from kvfold.model.loading import load_model
 

@@ -72,7 +72,9 @@ class ReferencePlan:
         if len(slot):
             fmt = self._layout.near
             pages = group.near_pages(layer)[sequence, :, slot // fmt.capacity]
-            blocks = encode(fmt, near_k[sequence, :, :, source].unsqueeze(-2), near_v[sequence, :, :, source].unsqueeze(-2))
+            blocks = encode(
+                fmt, near_k[sequence, :, :, source].unsqueeze(-2), near_v[sequence, :, :, source].unsqueeze(-2)
+            )
             write_blocks(self._data, fmt, pages, (slot % fmt.capacity)[:, None].expand_as(pages), blocks)
 
     def _attend(self, group: Group, layer: int, q: Tensor, near_k: Tensor, near_v: Tensor) -> tuple[Tensor, Tensor]:

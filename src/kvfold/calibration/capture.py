@@ -83,7 +83,9 @@ class Capture:
         hidden = self._decoder.forward(tokens, positions, [lane])
         loss = torch.stack(
             [
-                checkpoint(self._nll, hidden[i : i + LOGIT_TILE], tokens[i + 1 : i + 1 + LOGIT_TILE], use_reentrant=False)
+                checkpoint(
+                    self._nll, hidden[i : i + LOGIT_TILE], tokens[i + 1 : i + 1 + LOGIT_TILE], use_reentrant=False
+                )
                 for i in range(0, count - 1, LOGIT_TILE)
             ]
         ).sum()

@@ -22,7 +22,9 @@ def fit_quantisers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     iteration restricted to uniform levels).
     """
     mean, sigma = x.mean(-2), x.std(-2).clamp(min=1e-8)
-    offsets, steps, errors = [], [], []
+    offsets: list[Tensor] = []
+    steps: list[Tensor] = []
+    errors: list[Tensor] = []
     for bits in WIDTHS:
         if bits == 0:
             fitted = mean, sigma, x.var(-2, correction=0)

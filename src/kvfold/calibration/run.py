@@ -126,9 +126,7 @@ def _check(tokens: int | None, context: int | None) -> None:
         raise ConfigError(f"--context {context} is too short to have far tokens; give at least 256")
 
 
-def _windows(
-    ids: Tensor, tokens: int | None, context: int | None, positions: int
-) -> tuple[list[Tensor], Tensor]:
+def _windows(ids: Tensor, tokens: int | None, context: int | None, positions: int) -> tuple[list[Tensor], Tensor]:
     """Sequences spread evenly over the text, and others from its held-out end, int64 [n, context]."""
     wanted, context = tokens or DEFAULT_TOKENS, min(context or DEFAULT_CONTEXT, positions)
     if len(ids) < MIN_TOKENS / (1 - HELD_OUT):

@@ -24,7 +24,7 @@ def tapped_attention(
     During the backward pass `receive(dk, dv)` is called once with the far gradients, float32 [G, T, d] each.
     Returns [T, H, d].
     """
-    out: Tensor = _Tapped.apply(q, k, v, scale, window, near_start, sinks, receive)
+    out: Tensor = _Tapped.apply(q, k, v, scale, window, near_start, sinks, receive)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -42,13 +42,15 @@ class _Tapped(torch.autograd.Function):
         receive: Receive,
     ) -> Tensor:
         group = q.shape[1] // k.shape[1]
-        heads = [x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
+        queries, keys, values = (
+            x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+        )
         mask = None
         if window is not None:
             position = torch.arange(q.shape[0])
             distance = position[:, None] - position
             mask = (distance >= 0) & (distance < window)
-        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, scale=scale)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
         out = out[0].transpose(0, 1)
         ctx.save_for_backward(q, k, v, out, near_start)
         ctx.rest = scale, window, sinks, receive  # type: ignore[attr-defined]

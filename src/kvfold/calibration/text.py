@@ -19,7 +19,9 @@ class Text:
     def part(self, start: float, stop: float) -> "Text":
         """The characters between two fractions of the text. Raises ConfigError unless 0 <= start < stop <= 1."""
         if not 0 <= start < stop <= 1:
-            raise ConfigError(f"--from {start:g} --to {stop:g} is no part of a text; give fractions 0 <= from < to <= 1")
+            raise ConfigError(
+                f"--from {start:g} --to {stop:g} is no part of a text; give fractions 0 <= from < to <= 1"
+            )
         size = len(self.content)
         return Text(self.content[round(start * size) : round(stop * size)], self.name)
 

@@ -14,14 +14,10 @@ def calibrate(
     model: options.Model = options.DEFAULT_MODEL,
     text: Annotated[
         Path | None,
-        typer.Option(
-            "--text", help="Text to calibrate on (default: English that Python carries).", metavar="FILE"
-        ),
+        typer.Option("--text", help="Text to calibrate on (default: English that Python carries).", metavar="FILE"),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of the text to use.", metavar="N")] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens per sequence; use what you serve.", metavar="N")
-    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per sequence; use what you serve.", metavar="N")] = None,
     start: options.From = 0.0,
     stop: options.To = 1.0,
     out: Annotated[
@@ -31,9 +27,9 @@ def calibrate(
     json: options.Json = False,
 ) -> None:
     """Measure a model on a text and save what ZeroC needs."""
-    from kvfold.calibration import run
+    from kvfold.calibration.run import calibrate as run
 
-    result = run.calibrate(
+    result = run(
         model,
         text=text,
         start=start,

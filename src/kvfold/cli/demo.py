@@ -56,9 +56,7 @@ def run_once(model: str, kv: str, prompt: str, max_tokens: int, dtype: str) -> R
     progress = ConsoleProgress()
     llm = kvfold.LLM(model, kv=kv, dtype=dtype, progress=progress)
     messages = [{"role": "user", "content": prompt}]
-    output = llm.chat(
-        messages, kvfold.SamplingParams(temperature=0.0, max_tokens=max_tokens), progress=progress
-    )[0]
+    output = llm.chat(messages, kvfold.SamplingParams(temperature=0.0, max_tokens=max_tokens), progress=progress)[0]
     return summarise(kv, output)
 
 

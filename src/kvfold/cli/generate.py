@@ -28,21 +28,15 @@ def generate(
     ] = None,
     prompt_file: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--prompt-file", help="File with a prompt, - for stdin; may be repeated.", metavar="FILE"
-        ),
+        typer.Option("--prompt-file", help="File with a prompt, - for stdin; may be repeated.", metavar="FILE"),
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option(
-            "--chat/--raw", help="Put each prompt into the model's chat template, or take it as it is."
-        ),
+        typer.Option("--chat/--raw", help="Put each prompt into the model's chat template, or take it as it is."),
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
-    ] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")] = 0,
     seed: Annotated[int, typer.Option(help="Makes sampling reproducible.")] = 0,
     stop: Annotated[
@@ -66,9 +60,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
     )
     progress = ConsoleProgress()
-    llm = kvfold.LLM(
-        model, kv=kv, kv_memory=memory, dtype=dtype, seed=seed, calibration=calibration, progress=progress
-    )
+    llm = kvfold.LLM(model, kv=kv, kv_memory=memory, dtype=dtype, seed=seed, calibration=calibration, progress=progress)
     started = time.perf_counter()
     if chat:
         conversations = [[{"role": "user", "content": text}] for text in prompts]

@@ -9,9 +9,7 @@ DEFAULT_MODEL = "smollm2-135m"
 
 Model = Annotated[
     str,
-    typer.Option(
-        "--model", help="Alias, local directory, Hugging Face hub id or GGUF file.", metavar="MODEL"
-    ),
+    typer.Option("--model", help="Alias, local directory, Hugging Face hub id or GGUF file.", metavar="MODEL"),
 ]
 KV = Annotated[
     str,

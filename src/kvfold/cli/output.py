@@ -29,11 +29,7 @@ def print_report(title: str, report: Mapping[str, Any]) -> None:
     """Print the scalars of a report as a table of name and value; longer things are for JSON."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in report.items():
-        if (
-            value is not None
-            and not isinstance(value, list | tuple | set | Mapping)
-            and not is_dataclass(value)
-        ):
+        if value is not None and not isinstance(value, list | tuple | set | Mapping) and not is_dataclass(value):
             table.add_row(name.replace("_", " "), Text(shown(name, value)))
     Console().print(table)
 

@@ -83,7 +83,9 @@ class LLM:
         listed = _listed(prompts)
         each = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(listed):
-            raise PromptError(f"{len(each)} sampling parameters for {len(listed)} prompts; give one for each or one for all")
+            raise PromptError(
+                f"{len(each)} sampling parameters for {len(listed)} prompts; give one for each or one for all"
+            )
         return self._run([self._tokenized(p) for p in listed], each, progress)
 
     def chat(
@@ -106,7 +108,9 @@ class LLM:
             try:
                 text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
             except Exception as error:  # templates are programs of the model's and raise anything
-                raise PromptError(f"the chat template refuses the messages ({error}); check roles and contents") from error
+                raise PromptError(
+                    f"the chat template refuses the messages ({error}); check roles and contents"
+                ) from error
             prompts.append({"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]})
         return self.generate(prompts, params, progress=progress)
 

@@ -28,9 +28,7 @@ class StepResult:
 class Runner:
     """Runs steps of a model over one KV memory; sequences of several lanes share a step's norms and MLPs."""
 
-    def __init__(
-        self, decoder: Decoder, lanes: Seq[MethodLane], memory: KVMemory, backend: AttentionBackend
-    ) -> None:
+    def __init__(self, decoder: Decoder, lanes: Seq[MethodLane], memory: KVMemory, backend: AttentionBackend) -> None:
         self._decoder = decoder
         self._lanes = lanes
         self._memory = memory

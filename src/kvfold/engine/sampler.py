@@ -130,9 +130,7 @@ def _sampled_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, rows: Sequence[RowState]
 ) -> list[dict[int, Logprob] | None]:
     result: list[dict[int, Logprob] | None] = [None] * len(rows)
-    asked = [
-        (index, row.params.logprobs) for index, row in enumerate(rows) if row.params.logprobs is not None
-    ]
+    asked = [(index, row.params.logprobs) for index, row in enumerate(rows) if row.params.logprobs is not None]
     if asked:
         indices, tops = [index for index, _ in asked], [top for _, top in asked]
         entries = token_logprobs(logits[indices], token_ids[indices], max(tops)).as_dicts(tops)

@@ -102,9 +102,7 @@ class Scheduler:
         if self._config.prefix_caching and sequence.request.params.prompt_logprobs is None:
             tables = memory.prefixes[lane].match(sequence.tokens)
         tables = tables or PageTables(memory.layouts[lane])
-        promised = sum(
-            memory.wanted(s.request.lane, len(s), s.limit, len(s.held.pages())) for s in self.running
-        )
+        promised = sum(memory.wanted(s.request.lane, len(s), s.limit, len(s.held.pages())) for s in self.running)
         wanted = memory.wanted(lane, len(sequence), sequence.limit, len(tables.pages()))
         if self.running and promised + wanted > memory.available():
             tables.release(memory.pool)

@@ -9,7 +9,8 @@ from kvfold.kv.packing import decode, encode
 
 def _blocks(data: Tensor, fmt: PageFormat) -> Tensor:
     """The pool as blocks of this format, a view uint8 [n_pages, blocks, block_bytes]."""
-    return data[:, : fmt.blocks * fmt.block_bytes].unflatten(1, (fmt.blocks, fmt.block_bytes))
+    view: Tensor = data[:, : fmt.blocks * fmt.block_bytes].unflatten(1, (fmt.blocks, fmt.block_bytes))
+    return view
 
 
 def read_blocks(data: Tensor, fmt: PageFormat, pages: Tensor) -> Tensor:

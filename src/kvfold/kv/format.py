@@ -13,6 +13,7 @@ j, j + stride, j + 2 stride, ... (stride = block * w / 8) from its low bits upwa
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import groupby
 
 RAW_BITS = (16, 32)  # stored as floating point numbers, not as codes
 CODE_BITS = tuple(range(1, 9))
@@ -109,19 +110,15 @@ class Row:
         planes: list[Plane] = []
         offset = self.raw * block * self.raw_bits // 8
         for bits in (8, 4, 2, 1):
-            start = None
-            for dim in range(self.raw, self.kept + 1):
-                width = self.widths[dim] if dim < self.kept else 0
-                inside = bool(width & bits)
-                # The widest plane holds the lowest bits, so that widths 4 to 7 share one plane of 4 bits.
-                shift = width & ~(2 * bits - 1)
-                if start is not None and (not inside or shift != run_shift):
-                    size = (dim - start) * block * bits // 8
-                    planes.append(Plane(bits, run_shift, start, dim, offset, size))
-                    offset += size
-                    start = None
-                if inside and start is None:
-                    start, run_shift = dim, shift
+            # The widest plane holds the lowest bits, so that widths 4 to 7 share one plane of 4 bits.
+            runs = groupby(self.widths[self.raw :], lambda width: (width & bits, width & ~(2 * bits - 1)))  # noqa: B023
+            start = self.raw
+            for (inside, shift), run in runs:
+                stop = start + len(list(run))
+                if inside:
+                    planes.append(Plane(bits, shift, start, stop, offset, (stop - start) * block * bits // 8))
+                    offset += planes[-1].size
+                start = stop
         return tuple(planes)
 
     def nbytes(self, block: int) -> int:
@@ -147,7 +144,9 @@ class PageFormat:
             if row.kept > self.head_dim:
                 raise ValueError(f"a row of {row.kept} dimensions in a head of {self.head_dim}")
             if any(bits * self.block % 8 for bits in (1, 2, 4) for w in row.widths if w < 16 and w & bits):
-                raise ValueError(f"codes of widths {sorted(set(row.widths))} do not fill whole bytes in blocks of {self.block}")
+                raise ValueError(
+                    f"codes of widths {sorted(set(row.widths))} do not fill whole bytes in blocks of {self.block}"
+                )
         if not 0 < self.block_bytes <= self.page_bytes:
             raise ValueError(f"a block of {self.block_bytes} bytes in a page of {self.page_bytes}")
 

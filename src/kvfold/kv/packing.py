@@ -98,7 +98,8 @@ def _pack(codes: Tensor, bits: int, shift: int, start: int, stop: int) -> Tensor
     part = (codes[..., start:stop, :] >> shift) & (2**bits - 1)
     per_byte = 8 // bits
     part = part.reshape(*part.shape[:-1], per_byte, part.shape[-1] // per_byte)
-    return (part << _shifts(bits)).sum(-2, dtype=torch.uint8).flatten(-2)
+    packed: Tensor = part << _shifts(bits)
+    return packed.sum(-2, dtype=torch.uint8).flatten(-2)
 
 
 def _decode_row(row: Row, block: int, data: Tensor) -> Tensor:

@@ -90,8 +90,9 @@ class PageTables:
 
     def pages(self) -> Pages:
         """Every page held, one entry per holder, [n]."""
-        held = np.concatenate([self.near.ravel(), self.far.ravel()])
-        return held[held != NO_PAGE]
+        held: Pages = np.concatenate([self.near.ravel(), self.far.ravel()])
+        held = held[held != NO_PAGE]
+        return held
 
     @property
     def nbytes(self) -> int:

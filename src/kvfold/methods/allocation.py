@@ -6,6 +6,7 @@ that is what a head really costs: a head is given all the bits that its share of
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,13 +78,13 @@ def _ladder(loss: Floats) -> _Ladder:
     steps = []
     for dim, curve in enumerate(loss):
         hull = _lower_hull(np.array(WIDTHS, float), curve)
-        for a, b in zip(hull, hull[1:], strict=False):
-            gain, cost = curve[a] - curve[b], WIDTHS[b] - WIDTHS[a]
-            steps.append((gain / cost, dim, WIDTHS[b], cost, gain))
+        for a, b in pairwise(hull):
+            gain, bits = float(curve[a] - curve[b]), WIDTHS[b] - WIDTHS[a]
+            steps.append((gain / bits, dim, WIDTHS[b], bits, gain))
     # On a hull the slopes of one dimension fall, so the order between dimensions keeps each one's own order.
     steps.sort(key=lambda s: (-s[0], s[1], s[2]))
-    _, dimension, width, cost, gain = (np.array(column) for column in zip(*steps, strict=True))
-    remaining = loss[:, 0].sum() - np.concatenate([[0.0], np.cumsum(gain)])
+    _, dimension, width, cost, gains = (np.array(column) for column in zip(*steps, strict=True))
+    remaining = loss[:, 0].sum() - np.concatenate([[0.0], np.cumsum(gains)])
     return _Ladder(dimension, width, np.cumsum(cost), remaining, len(loss))
 
 
@@ -93,8 +94,9 @@ def _choose(loss: Floats, cost: Floats, budget: float) -> Ints:
     steps = []
     for head in range(heads):
         hull = _lower_hull(cost, loss[head])
-        for a, b in zip(hull, hull[1:], strict=False):
-            steps.append(((loss[head, a] - loss[head, b]) / (cost[b] - cost[a]), head, b, cost[b] - cost[a]))
+        for a, b in pairwise(hull):
+            extra = float(cost[b] - cost[a])
+            steps.append((float(loss[head, a] - loss[head, b]) / extra, head, b, extra))
     steps.sort(key=lambda s: (-s[0], s[1], s[2]))
     choice = np.zeros(heads, np.int64)
     spent = cost[0] * heads

@@ -66,7 +66,7 @@ class Prepared:
 
 
 class Codec(Protocol):
-    """How rows become bytes. A method's dataclass fields are its hyper-parameters, as written in `name(field=value)`."""
+    """How rows become bytes. The fields of a method's dataclass are its parameters in `name(field=value)`."""
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool]

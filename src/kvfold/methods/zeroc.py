@@ -165,7 +165,11 @@ class Fold:
         key, value = self.maps["key"], self.maps["value"]
         q, k, v = weights.qkv.double().unflatten(0, (-1, d)).split([shape.heads, shape.kv_heads, shape.kv_heads])
         bias = weights.qkv_bias
-        rows = torch.zeros(q.shape[0] + 2 * k.shape[0], d, dtype=torch.float64) if bias is None else bias.double().view(-1, d)
+        rows = (
+            torch.zeros(q.shape[0] + 2 * k.shape[0], d, dtype=torch.float64)
+            if bias is None
+            else bias.double().view(-1, d)
+        )
         q_bias, k_bias, v_bias = rows.split([shape.heads, shape.kv_heads, shape.kv_heads])
         v, v_bias = _folded(v, v_bias, value.forward[layer], value.shift[layer])
         out = weights.out.double().unflatten(1, (shape.kv_heads, group, d))

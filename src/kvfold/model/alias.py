@@ -20,9 +20,7 @@ def find_alias(name: str) -> Path:
     try:
         files = distribution(wheel).files or []
     except PackageNotFoundError as error:
-        raise ModelError(
-            f"the model {name} comes in the wheel {wheel}, which is missing: {remedy}"
-        ) from error
+        raise ModelError(f"the model {name} comes in the wheel {wheel}, which is missing: {remedy}") from error
     for file in files:
         path = Path(str(file.locate()))
         if path.suffix == ".gguf" and path.is_file():

@@ -6,24 +6,20 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import ModelError
-from kvfold.model.attention_weights import AttentionWeights
+from kvfold.methods.base import AttentionWeights
 from kvfold.model.blocks import DecoderWeights, HeadNorm, LayerWeights, Mlp, Norm
 from kvfold.model.checkpoint import Checkpoint
 from kvfold.model.spec import ModelSpec
 from kvfold.model.weight_names import WEIGHT_NAMES, WeightNames
 
 
-def assemble(
-    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device
-) -> DecoderWeights:
+def assemble(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
     """Read, fuse and convert all weights; raises ModelError for missing, misshapen or unknown ones."""
     return _Assembler(checkpoint, spec, dtype, device).decoder()
 
 
 class _Assembler:
-    def __init__(
-        self, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
         self._dtype = dtype
@@ -126,9 +122,7 @@ class _Assembler:
         # A copy even where dtype and device agree: weights must not depend on the mapped file any more.
         return self._checkpoint.read(name, shape).to(self._device, self._dtype, copy=True)
 
-    def _linear(
-        self, parts: Sequence[tuple[str, int]], inputs: int, bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _linear(self, parts: Sequence[tuple[str, int]], inputs: int, bias: bool) -> tuple[Tensor, Tensor | None]:
         """Stack the [rows, inputs] matrices (and biases) of parts (name, rows) into one."""
         rows = sum(count for _, count in parts)
         weight = torch.empty(rows, inputs, dtype=self._dtype, device=self._device)

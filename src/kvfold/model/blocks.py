@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvfold.model.attention_weights import AttentionWeights
+from kvfold.methods.base import AttentionWeights
 from kvfold.model.spec import Activation
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {

@@ -46,9 +46,7 @@ def cached_directory(name: str, build: Callable[[Path], None]) -> Path:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ModelError(
-            f"the cache folder {final.parent} cannot be written ({reason}): {_REMEDY}"
-        ) from error
+        raise ModelError(f"the cache folder {final.parent} cannot be written ({reason}): {_REMEDY}") from error
     return final
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvfold.model.attention_weights import AttentionWeights
+from kvfold.methods.base import AttentionWeights
 from kvfold.model.blocks import DecoderWeights, HeadNorm
 from kvfold.model.rope import Rotation, rotate, rotation
 from kvfold.model.spec import ModelSpec

@@ -146,16 +146,12 @@ def _opt(config: "PreTrainedConfig") -> ModelSpec:
     if not config.layer_norm_elementwise_affine:
         raise _unsupported("opt", "has norms without weights", remedy)
     # OPT's config does not carry the epsilon: its LayerNorms use torch's default.
-    return _layer_norm_model(
-        "opt", config, intermediate=config.ffn_dim, eps=1e-5, bias=bool(config.enable_bias)
-    )
+    return _layer_norm_model("opt", config, intermediate=config.ffn_dim, eps=1e-5, bias=bool(config.enable_bias))
 
 
 def _gpt2(config: "PreTrainedConfig") -> ModelSpec:
     if config.scale_attn_by_inverse_layer_idx or config.add_cross_attention:
-        raise _unsupported(
-            "gpt2", "scales attention by layer or has cross attention", "use a GPT-2 as published"
-        )
+        raise _unsupported("gpt2", "scales attention by layer or has cross attention", "use a GPT-2 as published")
     return _layer_norm_model(
         "gpt2",
         config,

@@ -69,9 +69,7 @@ def _convert(path: Path, directory: Path, progress: Progress) -> None:
 def _check_family(path: Path, kind: str) -> None:
     """Refuse an unsupported family before the long part of the conversion."""
     if kind.removesuffix("_text") not in FAMILIES:
-        raise ModelError(
-            f"{path} is a {kind} model, which is not supported: choose one of {', '.join(FAMILIES)}"
-        )
+        raise ModelError(f"{path} is a {kind} model, which is not supported: choose one of {', '.join(FAMILIES)}")
 
 
 @contextmanager

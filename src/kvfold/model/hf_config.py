@@ -44,9 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise ModelError(
-            f"no {path.name} in {path.parent}: name a model directory as saved by transformers"
-        ) from error
+        raise ModelError(f"no {path.name} in {path.parent}: name a model directory as saved by transformers") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}): download it again") from error
     if not isinstance(content, dict):
