@@ -27,9 +27,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"kvfold {package.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "command", [["generate"], ["calibrate"], ["eval"], ["eval", "perplexity"], ["info"], ["demo"]]
-)
+@pytest.mark.parametrize("command", [["generate"], ["calibrate"], ["eval"], ["eval", "perplexity"], ["info"], ["demo"]])
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main([*command, "--help"]) == 0
     assert "Usage: kvfold" in capsys.readouterr().out
@@ -79,9 +77,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe\x00", b"text\x00text"])
-def test_prompt_files_must_hold_text(
-    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prompt_files_must_hold_text(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prompt"
     file.write_bytes(content)
     assert app.main(["generate", "--prompt-file", str(file)]) == 2

@@ -1,4 +1,4 @@
-"""Commands that run a model, end to end in processes of their own, on a tiny random Llama."""
+"""Commands that run a model, end to end, on a tiny random Llama."""
 
 import json
 from pathlib import Path
@@ -21,90 +21,79 @@ def parsed(kvfold: Kvfold, *arguments: str | Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def artifact(
-    kvfold: Kvfold, tiny_llama: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def artifact(kvfold_here: Kvfold, tiny_llama: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration of `tiny_llama` on the first half of `tiny_text`."""
     out = tmp_path_factory.mktemp("calibration")
     options = ("--text", tiny_text, "--to", "0.5", "--tokens", "1024", "--context", "256", "--out", out)
-    return Path(parsed(kvfold, "calibrate", "--model", tiny_llama, *options)["path"])
+    return Path(parsed(kvfold_here, "calibrate", "--model", tiny_llama, *options)["path"])
 
 
-def test_batch_equals_single_requests(kvfold: Kvfold, tiny_llama: Path) -> None:
+def test_batch_equals_single_requests(kvfold_here: Kvfold, tiny_llama: Path) -> None:
     common = ("generate", "--model", tiny_llama, "--dtype", "float32", "--max-tokens", "8")
-    singles = [parsed(kvfold, *common, "--prompt", prompt)["outputs"][0] for prompt in PROMPTS]
-    both = parsed(kvfold, *common, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1])["outputs"]
+    singles = [parsed(kvfold_here, *common, "--prompt", prompt)["outputs"][0] for prompt in PROMPTS]
+    both = parsed(kvfold_here, *common, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1])["outputs"]
     assert [output["token_ids"] for output in both] == [output["token_ids"] for output in singles]
 
 
-def test_dense_greedy_text_equals_transformers(kvfold: Kvfold, tiny_llama: Path) -> None:
+def test_dense_greedy_text_equals_transformers(kvfold_here: Kvfold, tiny_llama: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
-    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[
-        0, inputs["input_ids"].shape[1] :
-    ].tolist()
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
     options = ("--dtype", "float32", "--max-tokens", "8", "--prompt", PROMPTS[0])
-    output = parsed(kvfold, "generate", "--model", tiny_llama, *options)["outputs"][0]
+    output = parsed(kvfold_here, "generate", "--model", tiny_llama, *options)["outputs"][0]
     assert output["token_ids"] == expected
     assert output["finish_reason"] in ("length", "stop")
 
 
-def test_chat_wraps_the_prompt_in_the_template(kvfold: Kvfold, tiny_llama: Path) -> None:
+def test_chat_wraps_the_prompt_in_the_template(kvfold_here: Kvfold, tiny_llama: Path) -> None:
     options = ("generate", "--model", tiny_llama, "--max-tokens", "1", "--prompt", PROMPTS[0])
-    raw = parsed(kvfold, *options)["outputs"][0]["prompt_tokens"]
-    chat = parsed(kvfold, *options, "--chat")["outputs"][0]["prompt_tokens"]
+    raw = parsed(kvfold_here, *options)["outputs"][0]["prompt_tokens"]
+    chat = parsed(kvfold_here, *options, "--chat")["outputs"][0]["prompt_tokens"]
     assert chat > raw
 
 
-def test_generated_text_is_all_there_is_on_stdout(kvfold: Kvfold, tiny_llama: Path) -> None:
+def test_generated_text_is_all_there_is_on_stdout(kvfold: Kvfold, kvfold_here: Kvfold, tiny_llama: Path) -> None:
     options = ("generate", "--model", tiny_llama, "--max-tokens", "8", "--prompt-file", "-")
     result = kvfold(*options, stdin=PROMPTS[0])
-    text = parsed(kvfold, *options[:-2], "--prompt", PROMPTS[0])["outputs"][0]["text"]
+    text = parsed(kvfold_here, *options[:-2], "--prompt", PROMPTS[0])["outputs"][0]["text"]
     assert result.returncode == 0, result.stderr
     assert result.stdout == text + "\n"
     assert "compression" in result.stderr
 
 
-def test_zeroc_holds_fewer_bytes_than_dense(kvfold: Kvfold, tiny_llama: Path, artifact: Path) -> None:
+def test_zeroc_holds_fewer_bytes_than_dense(kvfold_here: Kvfold, tiny_llama: Path, artifact: Path) -> None:
     prompt = "Keys and values are held as codes. " * 30
     options = ("generate", "--model", tiny_llama, "--max-tokens", "4", "--prompt", prompt)
-    output = parsed(kvfold, *options, "--kv", "zeroc(bits=4)", "--calibration", artifact)["outputs"][0]
+    output = parsed(kvfold_here, *options, "--kv", "zeroc(bits=4)", "--calibration", artifact)["outputs"][0]
     assert 0 < output["kv"]["bytes"] < output["kv"]["dense_bytes"]
     assert output["kv"]["compression"] == pytest.approx(output["kv"]["dense_bytes"] / output["kv"]["bytes"])
 
 
 def test_perplexity_reports_what_it_promises(
-    kvfold: Kvfold, tiny_llama: Path, tiny_text: Path, artifact: Path
+    kvfold_here: Kvfold, tiny_llama: Path, tiny_text: Path, artifact: Path
 ) -> None:
-    common = (
-        "eval",
-        "perplexity",
-        "--model",
-        tiny_llama,
-        "--text",
-        tiny_text,
-        "--from",
-        "0.5",
-        "--window",
-        "256",
-    )
-    sizes = ("--chunk", "64", "--max-tokens", "512", "--dtype", "float32")
-    dense = parsed(kvfold, *common, *sizes)
+    common = ("eval", "perplexity", "--model", tiny_llama, "--text", tiny_text, "--from", "0.5")
+    sizes = ("--window", "480", "--chunk", "64", "--max-tokens", "960", "--dtype", "float32")
+    dense = parsed(kvfold_here, *common, *sizes)
     assert dense["perplexity"] == pytest.approx(dense["dense_perplexity"], rel=1e-6)
-    report = parsed(kvfold, *common, *sizes, "--kv", "zeroc(bits=4)", "--calibration", artifact)
+    report = parsed(kvfold_here, *common, *sizes, "--kv", "zeroc(bits=4)", "--calibration", artifact)
     assert report["dense_perplexity"] == pytest.approx(dense["perplexity"], rel=1e-6)
     assert report["kv_bytes"] < report["dense_kv_bytes"]
-    assert {"tokens", "compression", "bits_per_element", "seconds"} <= set(report)
+    assert report["tokens"] == 2 * 479  # the first token of a window is not predicted
+    assert report["compression"] == pytest.approx(report["dense_kv_bytes"] / report["kv_bytes"])
+    assert {"bits_per_element", "seconds"} <= set(report)
 
 
-def test_info_counts_tokens(kvfold: Kvfold, tiny_llama: Path) -> None:
-    small = parsed(kvfold, "info", "--model", tiny_llama, "--memory", "1MiB")
-    large = parsed(kvfold, "info", "--model", tiny_llama, "--memory", "4MiB")
-    assert small != large
-    assert kvfold("info", "--model", tiny_llama).returncode == 0
+def test_info_counts_tokens(kvfold_here: Kvfold, tiny_llama: Path) -> None:
+    small = parsed(kvfold_here, "info", "--model", tiny_llama, "--memory", "1MiB")
+    large = parsed(kvfold_here, "info", "--model", tiny_llama, "--memory", "4MiB")
+    assert large["tokens_in_memory"] == 4 * small["tokens_in_memory"] == 4 * 2**20 // small["dense_bytes_per_token"]
+    table = kvfold_here("info", "--model", tiny_llama, "--memory", "1MiB")
+    assert table.returncode == 0
+    assert f"{small['tokens_in_memory']:,}" in table.stdout
 
 
 @pytest.mark.parametrize(
@@ -115,39 +104,35 @@ def test_info_counts_tokens(kvfold: Kvfold, tiny_llama: Path) -> None:
         (("--kv", "zeroc(bit=4)"), "bits"),
         (("--kv", "zeroc(bits=40)"), "bits"),
         (("--calibration", "missing.safetensors", "--kv", "zeroc(bits=4)"), "kvfold calibrate"),
-        (("--prompt", "x " * 2000), "512"),
+        (("--prompt", "x " * 2000), "511"),
         (("--kv-memory", "100"), "kv_memory"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_sentence(
-    kvfold: Kvfold, tiny_llama: Path, arguments: tuple[str, ...], message: str
+    kvfold_here: Kvfold, tiny_llama: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    result = kvfold("generate", "--model", tiny_llama, "--prompt", "x", *arguments)
+    result = kvfold_here("generate", "--model", tiny_llama, "--prompt", "x", *arguments)
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_a_damaged_artifact_is_refused(
-    kvfold: Kvfold, tiny_llama: Path, artifact: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_artifact_is_refused(kvfold_here: Kvfold, tiny_llama: Path, artifact: Path, tmp_path: Path) -> None:
     content = bytearray(artifact.read_bytes())
     content[-5] ^= 1
     damaged = tmp_path / artifact.name
     damaged.write_bytes(content)
     options = ("--model", tiny_llama, "--prompt", "x", "--kv", "zeroc(bits=4)", "--calibration", damaged)
-    result = kvfold("generate", *options)
+    result = kvfold_here("generate", *options)
     assert result.returncode == 2
     assert str(damaged) in result.stderr
 
 
-def test_a_text_too_short_to_calibrate_leaves_nothing(
-    kvfold: Kvfold, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_text_too_short_to_calibrate_leaves_nothing(kvfold_here: Kvfold, tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("Too short.")
     out = tmp_path / "out"
-    result = kvfold("calibrate", "--model", tiny_llama, "--text", text, "--out", out)
+    result = kvfold_here("calibrate", "--model", tiny_llama, "--text", text, "--out", out)
     assert result.returncode == 2, result.stderr
     assert not out.exists() or not list(out.iterdir())

@@ -38,6 +38,8 @@ def test_tables_show_scalars_with_units(capsys: pytest.CaptureFixture[str]) -> N
     ("name", "value", "text"),
     [
         ("tokens", 12345, "12,345"),
+        ("tokens_in_memory", 12345, "12,345"),
+        ("memory", 2**30, "1.00 GiB"),
         ("compression", 3.756, "3.76x"),
         ("seconds", 12.34, "12.3"),
         ("perplexity", 17.456789, "17.4568"),

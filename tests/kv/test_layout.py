@@ -42,17 +42,31 @@ def test_pages_are_those_of_the_tokens_that_can_still_be_seen(layout: CacheLayou
     assert layout.pages(length, start) == expected
 
 
-@given(layouts(), st.integers(0, 60), st.integers(1, 150), st.integers(1, 40))
-def test_the_longest_sequence_is_the_last_that_fits_all_the_way(
-    layout: CacheLayout, pages: int, limit: int, chunk: int
-) -> None:
-    needs = [layout.pages(n, max(0, n - chunk)) for n in range(1, limit + 1)]
-    fitting = next((n for n, need in enumerate(needs) if need > pages), limit)
-    assert layout.longest(pages, limit, chunk) == fitting
+def peaks(layout: CacheLayout, limit: int, chunk: int) -> list[int]:
+    """The most pages held on the way to each length up to `limit` where every step adds up to `chunk` tokens."""
+    needs = [max(layout.pages(n, start) for start in range(max(0, n - chunk), n + 1)) for n in range(limit + 1)]
+    return np.maximum.accumulate(needs).tolist()
+
+
+@given(layouts(), st.integers(1, 60), st.integers(1, 20))
+def test_no_sequence_ever_holds_more_than_its_most_pages(layout: CacheLayout, limit: int, chunk: int) -> None:
+    bounds = [layout.most_pages(n, chunk) for n in range(limit + 1)]
+    assert bounds == sorted(bounds)
+    for peak, bound, n in zip(peaks(layout, limit, chunk), bounds, range(limit + 1), strict=True):
+        assert peak <= bound
+        if set(layout.windows) == {None}:
+            assert bound == layout.pages(n)
+
+
+@given(layouts(), st.integers(0, 60), st.integers(1, 60), st.integers(1, 20))
+def test_the_longest_sequence_fits_all_the_way(layout: CacheLayout, pages: int, limit: int, chunk: int) -> None:
+    longest = layout.longest(pages, limit, chunk)
+    assert peaks(layout, longest, chunk)[-1] <= pages
+    assert longest == limit or layout.most_pages(longest + 1, chunk) > pages
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
-    near, far = raw_format(PAGE_BYTES, HEAD_DIM), coded_format(4)
+    near, far = raw_format(PAGE_BYTES, HEAD_DIM), coded_format(4, 4)
     with pytest.raises(ValueError, match="one page size"):
         CacheLayout(((far,),), raw_format(2 * PAGE_BYTES, HEAD_DIM), 4, 8, (None,))
     with pytest.raises(ValueError, match="token by token"):

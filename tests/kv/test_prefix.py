@@ -12,7 +12,7 @@ from kvfold.kv.prefix import PrefixIndex
 from kvfold.kv.tables import PageTables
 from tests.kv.layouts import HEAD_DIM, PAGE_BYTES, coded_format
 
-LAYOUT = CacheLayout(((coded_format(8),) * 2,), raw_format(PAGE_BYTES, HEAD_DIM), 1, 3, (None,))
+LAYOUT = CacheLayout(((coded_format(8, 8),) * 2,), raw_format(PAGE_BYTES, HEAD_DIM), 1, 3, (None,))
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 
 

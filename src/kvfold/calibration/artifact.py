@@ -39,9 +39,9 @@ class Artifact:
     tensors: Mapping[str, Tensor]
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
-    digest = hashlib.sha256()
+def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the header as it is written and names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.sha256(f"{header}\n".encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -54,10 +54,11 @@ def save_artifact(path: Path, artifact: Artifact) -> None:
 
     Raises CalibrationError where the file cannot be written.
     """
+    header = json.dumps(asdict(artifact.header))
     metadata = {
         "kvfold_format": str(FORMAT_VERSION),
-        "kvfold_header": json.dumps(asdict(artifact.header)),
-        "kvfold_checksum": checksum(artifact.tensors),
+        "kvfold_header": header,
+        "kvfold_checksum": checksum(header, artifact.tensors),
     }
     write_atomically(path, save(dict(artifact.tensors), metadata))
 
@@ -103,7 +104,7 @@ def load_artifact(path: Path, model: str | None = None) -> Artifact:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CalibrationError(f"{path} is damaged and cannot be read; {again}") from error
-    if metadata.get("kvfold_checksum") != checksum(tensors):
+    if metadata.get("kvfold_checksum") != checksum(metadata["kvfold_header"], tensors):
         raise CalibrationError(f"{path} fails its checksum; {again}")
     if model is not None and header.model != model:
         raise CalibrationError(f"{path} was made for another model; {again} for this one")

@@ -8,39 +8,41 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kvfold.calibration.tapped import tapped_attention
+from kvfold.methods.zeroc import SIDES
 from kvfold.model.decoder import Decoder, Lane
 
 LOGIT_TILE = 512  # tokens whose logits are held at once
 SINKS = 4  # first tokens, never sealed: outliers that must not shape the maps
 NEAR = 136  # recent tokens a query meets exactly: the default window and half a seal unit
+EVEN = 0.1  # share of a token's weight that does not depend on its cost: codes must hold for every token
+MAX_COST = 50.0  # in units of the mean: no token may outweigh all others
 
 
 @dataclass
 class Moments:
-    """Sums over tokens of one kind of row, float64 [L, G, d] and [L, G, d, d]; `count` tokens each."""
+    """Weighted sums over tokens of one kind of row: float64 [L, G, d], [L, G, d, d], and of the weights [L, G]."""
 
     total: Tensor
     gram: Tensor
-    count: int = 0
+    count: Tensor
 
     @classmethod
     def zeros(cls, layers: int, heads: int, d: int) -> "Moments":
-        return cls(torch.zeros(layers, heads, d).double(), torch.zeros(layers, heads, d, d).double())
+        shapes = (layers, heads, d), (layers, heads, d, d), (layers, heads)
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
-    def add(self, layer: int, rows: Tensor) -> None:
-        """rows: [G, n, d]"""
-        self.total[layer] += rows.sum(1)
-        self.gram[layer] += rows.mT @ rows
-        if layer == 0:
-            self.count += rows.shape[1]
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.count
+    def add(self, layer: int, rows: Tensor, weights: Tensor) -> None:
+        """rows: [G, n, d], weights: [G, n]"""
+        weighted = rows * weights[..., None]
+        self.total[layer] += weighted.sum(1)
+        self.gram[layer] += weighted.mT @ rows
+        self.count[layer] += weights.sum(1)
 
     @property
     def covariance(self) -> Tensor:
-        return self.gram / self.count - self.mean[..., :, None] * self.mean[..., None, :]
+        """Of the centred rows, [L, G, d, d]."""
+        mean = self.total / self.count[..., None]
+        return self.gram / self.count[..., None, None] - mean[..., :, None] * mean[..., None, :]
 
 
 class Capture:
@@ -49,11 +51,10 @@ class Capture:
     def __init__(self, decoder: Decoder, samples: int, windows: int, seed: int = 0) -> None:
         spec = decoder.spec
         shape = (spec.n_layers, spec.kv_heads, spec.head_dim)
-        self.query, self.key, self.value = (Moments.zeros(*shape) for _ in range(3))
-        self.key_gradient, self.value_gradient = (torch.zeros(*shape, spec.head_dim) for _ in range(2))
-        self.samples: dict[str, list[list[Tensor]]] = {
-            side: [[] for _ in range(spec.n_layers)] for side in ("key", "value")
-        }
+        self.query = Moments.zeros(*shape)
+        self.moments = {side: Moments.zeros(*shape) for side in SIDES}
+        self.gradients = {side: torch.zeros(*shape, spec.head_dim) for side in SIDES}
+        self._samples: dict[str, list[list[Tensor]]] = {side: [[] for _ in range(spec.n_layers)] for side in SIDES}
         self._decoder = decoder
         self._per_window = -(-samples // windows)
         self._generator = torch.Generator().manual_seed(seed)
@@ -62,19 +63,19 @@ class Capture:
         """One sequence of tokens int64 [T], forward and backward. Returns its mean negative log-likelihood."""
         count = len(tokens)
         positions = torch.arange(count)
-        picked = SINKS + torch.randperm(count - SINKS, generator=self._generator)[: self._per_window]
         near_start = (positions + 1 - NEAR).clamp(min=SINKS)
         spec = self._decoder.spec
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with torch.no_grad():
-                self._observe(layer, q, k, v, picked)
+                queries = q[SINKS:].unflatten(1, (-1, spec.group)).permute(1, 2, 0, 3).flatten(1, 2).float()
+                self.query.add(layer, queries, torch.ones(queries.shape[:2]))
             # The first layer's inputs do not depend on anything that needs a gradient: its far use does.
             k, v = k.requires_grad_(), v.requires_grad_()
 
             def receive(dk: Tensor, dv: Tensor) -> None:
-                self.key_gradient[layer] += dk.mT @ dk
-                self.value_gradient[layer] += dv.mT @ dv
+                self._observe("key", layer, k.detach(), dk)
+                self._observe("value", layer, v.detach(), dv)
 
             window = spec.layer_specs[layer].window
             return tapped_attention(q, k, v, spec.attention_scale, window, near_start, SINKS, receive)
@@ -95,16 +96,21 @@ class Capture:
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self._decoder.logits(hidden[: len(targets)]), targets, reduction="sum")
 
-    def _observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, picked: Tensor) -> None:
-        group = self._decoder.spec.group
-        keys, values = (x[SINKS:].transpose(0, 1).float() for x in (k, v))
-        queries = q[SINKS:].unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2).float()
-        self.query.add(layer, queries)
-        self.key.add(layer, keys)
-        self.value.add(layer, values)
-        for side, rows in (("key", k), ("value", v)):
-            self.samples[side][layer].append(rows[picked].transpose(0, 1).float())
+    def _observe(self, side: str, layer: int, rows: Tensor, gradient: Tensor) -> None:
+        """rows: [T, G, d]; gradient: of the loss with respect to their far use, [G, T, d].
+
+        What is measured of rows counts tokens mostly by what an error in them costs: the few tokens that much
+        attention goes to are unlike the many, and it is their error that is seen in the loss.
+        """
+        rows, gradient = rows[SINKS:].transpose(0, 1).float(), gradient[:, SINKS:]
+        cost = gradient.square().sum(-1)
+        cost = cost / cost.mean(1, keepdim=True).clamp(min=1e-30)
+        weights = EVEN + (1 - EVEN) * cost.clamp(max=MAX_COST)  # [G, T]
+        self.moments[side].add(layer, rows, weights)
+        self.gradients[side][layer] += gradient.mT @ gradient / gradient.shape[1]
+        picked = torch.multinomial(weights, self._per_window, replacement=True, generator=self._generator)
+        self._samples[side][layer].append(rows.gather(1, picked[..., None].expand(-1, -1, rows.shape[-1])))
 
     def sampled(self, side: str) -> Tensor:
-        """Rows picked at random, float32 [L, G, n, d]."""
-        return torch.stack([torch.cat(layer, 1) for layer in self.samples[side]])
+        """Rows to fit quantisers to, float32 [L, G, n, d]: tokens that matter more are there more often."""
+        return torch.stack([torch.cat(layer, 1) for layer in self._samples[side]])

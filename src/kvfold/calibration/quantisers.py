@@ -12,7 +12,7 @@ from kvfold.methods.allocation import WIDTHS
 # Steps that minimise the mean squared error of a uniform quantiser of a unit Gaussian, by bits
 # (J. Max, "Quantizing for minimum distortion", 1960): where the search starts.
 GAUSSIAN_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
-ROUNDS = 8
+ROUNDS = 6
 
 
 def fit_quantisers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvfold.calibration.artifact import SUFFIX, Artifact, Header, load_artifact, save_artifact
+from kvfold.calibration.artifact import FORMAT_VERSION, SUFFIX, Artifact, Header, load_artifact, save_artifact
 from kvfold.calibration.capture import Capture
 from kvfold.calibration.statistics import zeroc_statistics
 from kvfold.calibration.text import Text, default_text, read_text
@@ -22,7 +22,7 @@ DEFAULT_CONTEXT = 2048
 MIN_TOKENS = 1024
 HELD_OUT = 0.2  # the end of the text, for choosing bits by measured loss
 HELD_OUT_WINDOWS = 4
-SAMPLES = 4096  # rows per head that quantisers are fitted to
+SAMPLES = 3072  # rows per head that quantisers are fitted to
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def find_artifact(model: LoadedModel, path: Path | None, progress: Progress = SI
 
 def default_path(model: LoadedModel, text: Text, tokens: int | None, context: int | None) -> Path:
     """Where the user's cache keeps the artifact of a model, text and settings."""
-    settings = f"{model.fingerprint} {text.digest} {tokens or DEFAULT_TOKENS} {context or DEFAULT_CONTEXT}"
-    return cache_folder() / "calibration" / f"{hashlib.sha256(settings.encode()).hexdigest()[:24]}{SUFFIX}"
+    settings = (FORMAT_VERSION, model.fingerprint, text.digest, tokens or DEFAULT_TOKENS, context or DEFAULT_CONTEXT)
+    return cache_folder() / "calibration" / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:24]}{SUFFIX}"
 
 
 def _check(tokens: int | None, context: int | None) -> None:

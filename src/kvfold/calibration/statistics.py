@@ -6,6 +6,7 @@ from torch import Tensor
 from kvfold.calibration.capture import Capture
 from kvfold.calibration.quantisers import fit_quantisers
 from kvfold.methods.maps import stacked_map, weighted_map
+from kvfold.methods.zeroc import FIELDS
 from kvfold.model.decoder import Decoder
 
 
@@ -20,20 +21,22 @@ def output_gram(decoder: Decoder) -> Tensor:
 
 
 def zeroc_statistics(decoder: Decoder, capture: Capture) -> dict[str, Tensor]:
-    """The tensors that `zeroc` reads: per map and side a, b [L, G, d, d] and offset, step, loss [L, G, d, widths]."""
+    """The tensors that `zeroc` reads: per map and side a, b [L, G, d, d], offset, step, error
+    [L, G, d, widths] and weight [L, G, d]."""
+    key, value = capture.moments["key"], capture.moments["value"]
     maps = {
-        "optimal.key": weighted_map(capture.query.gram, capture.key.covariance),
-        "optimal.value": weighted_map(output_gram(decoder), capture.value.covariance),
-        "stacked.key": stacked_map(capture.query.gram, capture.key.gram),
-        "stacked.value": stacked_map(capture.value.gram),
+        "optimal.key": weighted_map(capture.query.gram, key.covariance),
+        "optimal.value": weighted_map(output_gram(decoder), value.covariance),
+        "stacked.key": stacked_map(capture.query.gram, key.gram),
+        "stacked.value": stacked_map(value.gram),
     }
-    gradients = {"key": capture.key_gradient, "value": capture.value_gradient}
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in maps.items():
         side = name.split(".")[1]
-        gradient = gradients[side].double() / capture.key.count
-        weight = torch.einsum("...ki,...kl,...li->...i", b, gradient, b).float()
-        offset, step, error = fit_quantisers(capture.sampled(side) @ a.float())
-        fields = {"a": a.float(), "b": b.float(), "offset": offset, "step": step, "loss": error * weight[..., None]}
-        tensors |= {f"{name}.{field}": tensor.contiguous() for field, tensor in fields.items()}
+        weight = torch.einsum("...ki,...kl,...li->...i", b, capture.gradients[side].double(), b).float()
+        # Layer by layer, so that the many passes over the samples stay in the processor's cache.
+        fitted = [fit_quantisers(x @ m) for x, m in zip(capture.sampled(side), a.float(), strict=True)]
+        offset, step, error = (torch.stack(part) for part in zip(*fitted, strict=True))
+        values = (a.float(), b.float(), offset, step, error, weight)
+        tensors |= {f"{name}.{field}": x.contiguous() for field, x in zip(FIELDS, values, strict=True)}
     return tensors

@@ -67,20 +67,21 @@ class _Tapped(torch.autograd.Function):
         dq = torch.empty_like(by_group[0])
         dk, dv, near_dk, near_dv = (torch.zeros_like(keys) for _ in range(4))
         for start, stop, first in _tiles(tokens, window):
+            rows = stop - start
             tq, to, tg = (x[:, :, start:stop].flatten(1, 2) for x in by_group)  # [G, g * rows, d]
             tk, tv = keys[:, first:stop], values[:, first:stop]
-            mask, near = _masks(start, stop, first, window, near_start)
-            scores = (tq @ tk.mT).unflatten(1, (-1, stop - start)).masked_fill_(~mask, float("-inf"))
+            scores = (tq @ tk.mT).unflatten(1, (-1, rows))  # [G, g, rows, keys]
+            _mask(scores, start, first, window)
             p = scores.softmax(-1).flatten(1, 2)
-            ds = p * (tg @ tv.mT - (to * tg).sum(-1, keepdim=True))
-            dq[:, :, start:stop] = (ds @ tk).unflatten(1, (-1, stop - start))
-            dk[:, first:stop] += ds.mT @ tq
-            dv[:, first:stop] += p.mT @ tg
+            ds = (tg @ tv.mT).sub_((to * tg).sum(-1, keepdim=True)).mul_(p)
+            dq[:, :, start:stop] = (ds @ tk).unflatten(1, (-1, rows))
+            dk[:, first:stop].baddbmm_(ds.mT, tq)
+            dv[:, first:stop].baddbmm_(p.mT, tg)
             low = max(int(near_start[start]), first)  # no earlier key is near to any query of the tile
-            near = near[:, low - first :]
-            for total, weights, rows in ((near_dk, ds, tq), (near_dv, p, tg)):
-                part = weights[..., low - first :].unflatten(1, (-1, stop - start)) * near
-                total[:, low:stop] += part.flatten(1, 2).mT @ rows
+            near = torch.arange(low, stop) >= near_start[start:stop, None]
+            for total, weights, by in ((near_dk, ds, tq), (near_dv, p, tg)):
+                part = weights[..., low - first :].unflatten(1, (-1, rows)) * near
+                total[:, low:stop].baddbmm_(part.flatten(1, 2).mT, by)
         far_dk, far_dv = dk - near_dk, dv - near_dv
         far_dk[:, :sinks] = 0
         far_dv[:, :sinks] = 0
@@ -95,10 +96,11 @@ def _tiles(tokens: int, window: int | None) -> Iterator[tuple[int, int, int]]:
         yield start, min(start + TILE, tokens), 0 if window is None else max(0, start - window + 1)
 
 
-def _masks(start: int, stop: int, first: int, window: int | None, near_start: Tensor) -> tuple[Tensor, Tensor]:
-    """Which keys of [first, stop) the queries [start, stop) see, and which are recent, bool [rows, keys] each."""
-    query, key = torch.arange(start, stop)[:, None], torch.arange(first, stop)
-    mask = key <= query
+def _mask(scores: Tensor, start: int, first: int, window: int | None) -> None:
+    """Hides in scores [..., rows, keys] what the queries from `start` on do not see of the keys from `first` on."""
+    rows, keys = scores.shape[-2:]
+    diagonal = scores[..., start - first :]  # earlier keys come before every query of the tile
+    diagonal.masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu(1), float("-inf"))
     if window is not None:
-        mask &= key > query - window
-    return mask, mask & (key >= near_start[start:stop, None])
+        distance = torch.arange(start, start + rows)[:, None] - torch.arange(first, first + keys)
+        scores.masked_fill_(distance >= window, float("-inf"))

@@ -31,7 +31,7 @@ def perplexity(
     start: options.From = 0.0,
     stop: options.To = 1.0,
     kv_memory: Annotated[
-        str | None, typer.Option("--kv-memory", help="Memory for KV pages (default: what one window needs).")
+        str | None, typer.Option("--kv-memory", help="Memory for KV pages (default: what four windows need).")
     ] = None,
     dtype: options.Dtype = "auto",
     calibration: options.Calibration = None,

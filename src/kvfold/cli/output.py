@@ -38,7 +38,7 @@ def shown(name: str, value: object) -> str:
     """`value` as people read it; the unit is told by the field's name."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if "bytes" in name or "memory" in name:
+    if "bytes" in name or name == "memory":
         return format_bytes(value) if value >= 0 else str(value)
     if name == "seconds":
         return f"{value:.1f}"

@@ -25,7 +25,7 @@ class KVMemory:
 
     def pages(self, lane: int, length: int) -> int:
         """The most pages a sequence needs at once while it grows to `length` tokens."""
-        return self.layouts[lane].pages(length, max(0, length - self._chunk))
+        return self.layouts[lane].most_pages(length, self._chunk)
 
     def longest(self, lane: int, limit: int) -> int:
         """The longest sequence up to `limit` tokens that all of the memory can hold."""

@@ -70,15 +70,12 @@ class Scheduler:
             sequence.tables = None
 
     def _count(self, sequence: Sequence, budget: int) -> int:
-        missing = len(sequence) - sequence.computed
-        count = min(missing, self._config.chunk, budget)
-        if count < missing:
+        end = min(len(sequence), sequence.computed + min(self._config.chunk, budget))
+        if self._config.prefix_caching:
             # Chunks end where snapshots are taken, if they can.
-            end = sequence.computed + count
             aligned = end - end % self._config.prefix_block
-            if aligned > sequence.computed:
-                count = aligned - sequence.computed
-        return count
+            end = aligned if aligned > sequence.computed else end
+        return end - sequence.computed
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         while not self._memory.reserve(sequence.held, sequence.computed + count):

@@ -68,8 +68,9 @@ def evaluate(
     content = read_text(text).part(start, stop).content
     compute, raw_bits = resolve_dtypes(dtype, kv_dtype)
     loaded = load_model(model, dtype=compute, progress=progress)
-    if window >= loaded.spec.max_positions + 1:
-        raise PromptError(f"--window {window} exceeds the model's {loaded.spec.max_positions} positions; choose less")
+    most = loaded.spec.max_positions - 1  # a request has room for one token to generate
+    if window > most:
+        raise PromptError(f"--window {window} exceeds the {most} tokens that the model takes; choose less")
     windows = _windows(loaded, content, window, max_tokens)
     began = monotonic()
     lane, curve = prepare_lane(loaded, kv, raw_bits, calibration, progress)

@@ -108,11 +108,23 @@ class CacheLayout:
         """Per head the first far row that a query at position `length` or later can see, [layers * kv_heads]."""
         return np.clip(length - self.first_live + 1 - self.sinks, 0, self.far_tokens(length))
 
+    def most_pages(self, length: int, chunk: int) -> int:
+        """No fewer pages than a sequence holds at any time while it grows to `length` tokens, `chunk` at a time.
+
+        Behind a window pages come and go, and how many there are depends on where the window's ends fall in them.
+        """
+        far = -(-self.far_tokens(length) // self.capacity)
+        # Rows from the first that the oldest new query sees to the last that is sealed, or, where the window is
+        # shorter than what stays near, the rows that are being sealed; in pages, at worst offset.
+        rows = np.maximum(self.first_live - 1 - self.recent, self.seal - 1) + chunk
+        near = -(-self.near_slots(length) // self.near.capacity)
+        held = np.minimum(far, (rows + self.capacity - 2) // self.capacity + 1)
+        return int(held.sum()) + self.layers * self.kv_heads * near
+
     def longest(self, pages: int, limit: int, chunk: int = 1) -> int:
-        """The longest sequence up to `limit` tokens that `pages` pages hold while it grows by `chunk` tokens."""
+        """The longest sequence up to `limit` tokens that `pages` pages surely hold while it grows by `chunk` tokens."""
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.pages(middle, max(0, middle - chunk)) <= pages
-            low, high = (middle, high) if fits else (low, middle - 1)
+            low, high = (middle, high) if self.most_pages(middle, chunk) <= pages else (low, middle - 1)
         return low

@@ -113,9 +113,10 @@ class PageTables:
 
     def _writes(self, pool: PagePool, length: int) -> _Writes:
         layout = self.layout
-        columns = self.near_columns(length)
-        fresh = columns[self.near[0, columns] == NO_PAGE] if layout.near_pages else columns
-        used = np.setdiff1d(columns, fresh)
+        # All near pages of this length, written now or not: what a sequence holds depends on its length alone.
+        filled = np.arange(-(-layout.near_slots(length) // layout.near.capacity))
+        fresh = filled[self.near[0, filled] == NO_PAGE] if layout.near_pages else filled
+        used = np.setdiff1d(self.near_columns(length), fresh)
         before, after = layout.far_tokens(self.length), layout.far_tokens(length)
         have, want = -(-before // layout.capacity), -(-after // layout.capacity)
         new = want - have

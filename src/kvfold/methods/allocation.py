@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvfold.errors import ConfigError
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 16)
+FLOOR = 1e-9  # of the mean loss: what dimensions count for that calibration saw no use of
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -35,6 +36,9 @@ def allocate(loss: Floats, bits: float, page_bytes: int, block: int) -> Allocati
     Raises ConfigError where the budget is below what the smallest pages cost.
     """
     heads, dims, _ = loss.shape
+    # A head without any loss (all its far keys lay behind a short window) still needs rows of some width.
+    least = max(FLOOR * float(loss[..., 0].mean()), np.finfo(np.float32).tiny)
+    loss = np.maximum(loss, least * np.exp2(-2.0 * np.array(WIDTHS)))
     ladders = [_ladder(head) for head in loss]
     # Candidate capacities: every number of blocks that changes the bits a token can have.
     blocks = np.arange(1, page_bytes // (block // 8) + 1)

@@ -39,9 +39,10 @@ def _arguments(call: MethodCall) -> dict[str, Any]:
             listed = f"its parameters: {', '.join(known)}" if known else "it takes none"
             raise ConfigError(f"{call.name} has no parameter {name!r}{suggest(name, known)}; {listed}")
         allowed = get_args(known[name].type) or (known[name].type,)
-        if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+        truth = isinstance(value, bool) and bool not in allowed  # which Python would take for an integer
+        if isinstance(value, int) and not truth and float in allowed:
             continue
-        if not isinstance(value, allowed):
+        if truth or not isinstance(value, allowed):
             kinds = " or ".join("nothing" if t is type(None) else t.__name__ for t in allowed)
             raise ConfigError(f"{call.name} {name}={value!r} has the wrong type; give {kinds}")
     return dict(call.arguments)

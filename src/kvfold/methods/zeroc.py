@@ -16,7 +16,7 @@ is the paper's), and dimensions are given 0 to 16 bits each by one global alloca
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -32,6 +32,7 @@ from kvfold.methods.base import AttentionWeights, CacheShape, Prepared
 MapName = Literal["optimal", "stacked"]
 BLOCK = 16  # tokens sealed together
 SIDES = ("key", "value")
+FIELDS = ("a", "b", "offset", "step", "error", "weight")
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,16 @@ class ZeroC:
         sides = {side: _Side.read(statistics, self.map, side) for side in SIDES}
         bits = self._ranked(shape) if self.rank is not None else self._allocated(shape, sides)
         block = 1 if self.rank is not None else BLOCK
+        # A budget of bits counts 16 for a dimension that stays a number, also where the cache is float32.
+        stored = shape if self.rank is not None else replace(shape, raw_bits=16)
         far = tuple(
-            tuple(_format(shape, block, [bits[s][layer, head] for s in SIDES]) for head in range(shape.kv_heads))
+            tuple(_format(stored, block, [bits[s][layer, head] for s in SIDES]) for head in range(shape.kv_heads))
             for layer in range(shape.layers)
         )
         near = raw_format(shape.page_bytes, shape.head_dim, shape.raw_bits)
+        maps = {s: sides[s].in_code_units(bits[s]) for s in SIDES}
         layout = CacheLayout(far, near, self.sinks, self.recent, shape.windows)
-        return Prepared(layout, Fold(shape, {s: sides[s].in_code_units(bits[s]) for s in SIDES}))
+        return Prepared(layout, Fold(shape, maps))
 
     def _ranked(self, shape: CacheShape) -> dict[str, np.ndarray]:
         assert self.rank is not None
@@ -97,7 +101,7 @@ class ZeroC:
     def _allocated(self, shape: CacheShape, sides: "Mapping[str, _Side]") -> dict[str, np.ndarray]:
         assert self.bits is not None
         heads = shape.layers * shape.kv_heads
-        loss = torch.cat([sides[s].loss.flatten(0, 1) for s in SIDES], 1)
+        loss = torch.cat([(sides[s].error * sides[s].weight[..., None]).flatten(0, 1) for s in SIDES], 1)
         bits = allocate(loss.double().numpy(), self.bits, shape.page_bytes, BLOCK).bits
         split = bits.reshape(heads, 2, shape.head_dim).swapaxes(0, 1)
         return {s: x.reshape(shape.layers, shape.kv_heads, -1) for s, x in zip(SIDES, split, strict=True)}
@@ -115,29 +119,35 @@ class Affine:
 
 @dataclass(frozen=True)
 class _Side:
-    """Keys or values of all heads in the calibrated basis: maps [L, G, d, d], quantisers [L, G, d, widths]."""
+    """Keys or values of all heads in the calibrated basis: maps [L, G, d, d], quantisers [L, G, d, widths].
+
+    error: mean squared error of a dimension at each width; weight [L, G, d]: what that error costs.
+    """
 
     a: Tensor
     b: Tensor
     offset: Tensor
     step: Tensor
-    loss: Tensor
+    error: Tensor
+    weight: Tensor
 
     @classmethod
     def read(cls, statistics: Mapping[str, Tensor], map_name: str, side: str) -> "_Side":
-        return cls(*(statistics[f"{map_name}.{side}.{field}"] for field in ("a", "b", "offset", "step", "loss")))
+        return cls(*(statistics[f"{map_name}.{side}.{field}"] for field in FIELDS))
 
     def in_code_units(self, bits: np.ndarray) -> Affine:
         """The maps with each dimension's quantiser folded in and dimensions ordered widest first."""
         widths = torch.from_numpy(np.ascontiguousarray(bits))
         order = widths.argsort(dim=-1, descending=True, stable=True)
         which = torch.searchsorted(torch.tensor(WIDTHS), widths.contiguous())[..., None]
-        offset = self.offset.gather(-1, which)[..., 0].double().gather(-1, order)
-        step = self.step.gather(-1, which)[..., 0].double().gather(-1, order)
+        offset, step = (
+            table.gather(-1, which)[..., 0].double().gather(-1, order) for table in (self.offset, self.step)
+        )
         columns = order[..., None, :].expand_as(self.a)
         a, b = (m.double().gather(-1, columns) for m in (self.a, self.b))
         backward = b * step[..., None, :]
-        return Affine(a / step[..., None, :], -offset / step, backward, (b @ offset[..., None])[..., 0])
+        origin = (b @ offset[..., None])[..., 0]
+        return Affine(a / step[..., None, :], -offset / step, backward, origin)
 
 
 def _format(shape: CacheShape, block: int, bits: list[np.ndarray]) -> PageFormat:
@@ -206,8 +216,13 @@ def flat_statistics(shape: CacheShape) -> dict[str, Tensor]:
     identity = torch.eye(d).expand(*heads, d, d)
     flat = torch.ones(*heads, d, len(WIDTHS))
     loss = torch.tensor([4.0**-bits for bits in WIDTHS]).expand_as(flat)
-    fields = {"a": identity, "b": identity, "offset": 0 * flat, "step": flat, "loss": loss}
-    return {f"{name}.{side}.{field}": x for name in get_args(MapName) for side in SIDES for field, x in fields.items()}
+    values = (identity, identity, 0 * flat, flat, loss, torch.ones(*heads, d))
+    return {
+        f"{name}.{side}.{field}": x
+        for name in get_args(MapName)
+        for side in SIDES
+        for field, x in zip(FIELDS, values, strict=True)
+    }
 
 
 def code_bits(layout: CacheLayout) -> float:
