@@ -127,7 +127,9 @@ def cut(length: int, sizes: list[int]) -> list[int]:
 @pytest.mark.parametrize("windows", [(None,), (9, None), (40,)])
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
-def test_attention_equals_the_token_by_token_version(kind: str, windows: tuple[int | None, ...], data: st.DataObject) -> None:
+def test_attention_equals_the_token_by_token_version(
+    kind: str, windows: tuple[int | None, ...], data: st.DataObject
+) -> None:
     layout = layout_of(kind, windows)
     lengths = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=3), label="lengths")
     cuts = [cut(n, data.draw(st.lists(st.sampled_from([1, 1, 2, 7, 30, 64]), min_size=1, max_size=5))) for n in lengths]

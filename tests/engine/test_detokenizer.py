@@ -153,9 +153,7 @@ def test_a_false_start_is_shown_in_the_end() -> None:
     assert detokenizer.stopped_by is None
 
 
-@pytest.mark.parametrize(
-    ("min_tokens", "text"), [(0, "a"), (5, "a"), (6, "a.end"), (9, "a.end"), (10, "a.end.end")]
-)
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, "a"), (5, "a"), (6, "a.end"), (9, "a.end"), (10, "a.end.end")])
 def test_stop_strings_count_from_min_tokens_on(min_tokens: int, text: str) -> None:
     """The stop string is complete with the fifth and with the ninth token."""
     detokenizer = stream(byte_level(), encode_each("a.end.end"), stop=".end", min_tokens=min_tokens)[1]

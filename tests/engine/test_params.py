@@ -99,9 +99,7 @@ def test_token_ids_are_checked_against_the_vocabulary() -> None:
         SamplingParams(logit_bias={10: 1.0}).check_vocabulary(10)
 
 
-@given(
-    st.floats(min_value=0, max_value=100), st.integers(-1, 10**6), st.floats(0, 1, exclude_min=True, width=32)
-)
+@given(st.floats(min_value=0, max_value=100), st.integers(-1, 10**6), st.floats(0, 1, exclude_min=True, width=32))
 def test_everything_in_range_is_accepted(temperature: float, top_k: int, top_p: float) -> None:
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     assert params.greedy == (temperature < 1e-5 or top_k == 1)

@@ -77,11 +77,7 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 def test_completions_and_seeds_draw_independently() -> None:
     logits = random_logits(1, 8)
     probabilities = softmax(logits[0].double().numpy())
-    rows = [
-        RowState.create(SamplingParams(seed=seed), [], index=index)
-        for seed in range(50)
-        for index in range(40)
-    ]
+    rows = [RowState.create(SamplingParams(seed=seed), [], index=index) for seed in range(50) for index in range(40)]
     assert_follows(sample(logits.expand(len(rows), -1), *rows).token_ids, probabilities)
 
 
@@ -123,9 +119,7 @@ def test_a_seeded_row_does_not_depend_on_its_batch(seed: int, at: int, request_s
     ]
 
     def mine() -> RowState:
-        return row(
-            [5, 6], [7, 8, 7], seed=request_seed, temperature=1.3, top_p=0.9, top_k=40, presence_penalty=0.5
-        )
+        return row([5, 6], [7, 8, 7], seed=request_seed, temperature=1.3, top_p=0.9, top_k=40, presence_penalty=0.5)
 
     alone = sample(logits[at : at + 1], mine()).token_ids[0]
     assert sample(logits, *others[:at], mine(), *others[at:]).token_ids[at] == alone
@@ -145,9 +139,7 @@ def test_a_resumed_row_goes_on_with_the_same_draws() -> None:
 def test_draws_depend_on_seed_completion_and_position_only() -> None:
     def key(seed: int | None, request_id: str = "a", index: int = 0, engine_seed: int = 0) -> float:
         params = SamplingParams(seed=seed)
-        return RowState.create(
-            params, [], request_id=request_id, index=index, engine_seed=engine_seed
-        ).uniform()
+        return RowState.create(params, [], request_id=request_id, index=index, engine_seed=engine_seed).uniform()
 
     assert key(1, "a") == key(1, "b")
     assert key(1, engine_seed=0) == key(1, engine_seed=9)

@@ -66,12 +66,12 @@ def test_what_is_reported_fits_together(tiny_llama: Path, tiny_text: Path, calib
 
 
 def test_a_loss_limit_is_searched_and_kept(tiny_llama: Path, tiny_text: Path, calibration: Path) -> None:
-    method = "zeroc(max_loss=0.003,recent=32)"
+    method = "zeroc(max_loss=0.02,recent=32)"
     report = evaluate(tiny_llama, method, tiny_text, calibration=calibration, **HALF)
     losses = {trial.bits: trial.loss for trial in report.curve}
     assert list(losses) == sorted(losses, reverse=True)
     chosen = min(bits for bits in losses if bits >= report.code_bits)
-    assert losses[chosen] <= 0.003 < losses.get(chosen - 0.125, 1)
+    assert losses[chosen] <= 0.02 < losses.get(chosen - 0.125, 1)
     again = evaluate(tiny_llama, method, tiny_text, calibration=calibration, **HALF)
     assert again.curve == report.curve
     assert again.perplexity == report.perplexity

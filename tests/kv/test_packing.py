@@ -9,7 +9,9 @@ from kvfold.kv.packing import decode, encode
 from tests.kv.formats import formats
 
 
-def rows_like(fmt: PageFormat, lead: tuple[int, ...], seed: int, spread: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_like(
+    fmt: PageFormat, lead: tuple[int, ...], seed: int, spread: float = 3.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (*lead, fmt.block, fmt.head_dim)
     return tuple(spread * torch.randn(shape, generator=generator) for _ in range(2))  # type: ignore[return-value]
@@ -52,7 +54,9 @@ def test_blocks_read_back_as_the_format_says(fmt: PageFormat, seed: int) -> None
     for row, x, got in zip((fmt.key, fmt.value), (key, value), decode(fmt, blocks), strict=True):
         for n in range(2):
             expected = np.concatenate([naive_row(row, x[n, b].numpy()) for b in range(3)])
-            np.testing.assert_allclose(got[n].T.numpy(), expected, rtol=1e-5, atol=2e-3 if row.scale != "static" else 1e-6)
+            np.testing.assert_allclose(
+                got[n].T.numpy(), expected, rtol=1e-5, atol=2e-3 if row.scale != "static" else 1e-6
+            )
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,6 +17,11 @@ HIDDEN, TOKENS = 20, 40
 GROUP = SHAPE.heads // SHAPE.kv_heads
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def random_statistics(shape: CacheShape, seed: int = 0) -> dict[str, Tensor]:
     """Well-conditioned random maps with random quantisers; nothing in them is symmetric, unit or zero."""
     generator = torch.Generator().manual_seed(seed)

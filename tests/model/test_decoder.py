@@ -25,9 +25,7 @@ def folded(decoder: Decoder, **maps: Tensor) -> list[AttentionWeights]:
 def random_map(decoder: Decoder) -> Tensor:
     """A random well-conditioned matrix per KV head, [G, d, d]."""
     spec = decoder.spec
-    noise = torch.randn(
-        spec.kv_heads, spec.head_dim, spec.head_dim, generator=torch.Generator().manual_seed(3)
-    )
+    noise = torch.randn(spec.kv_heads, spec.head_dim, spec.head_dim, generator=torch.Generator().manual_seed(3))
     return torch.eye(spec.head_dim) + 0.1 * noise
 
 

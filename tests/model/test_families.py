@@ -28,27 +28,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama-mqa-head_dim": lambda: hf.LlamaConfig(**SIZES, num_key_value_heads=1, head_dim=10),
     "llama-biases": lambda: hf.LlamaConfig(**GQA, attention_bias=True, mlp_bias=True),
     "llama-tied": lambda: hf.LlamaConfig(**GQA, tie_word_embeddings=True),
-    "llama-linear": lambda: hf.LlamaConfig(
-        **GQA, rope_parameters=ROPE | {"rope_type": "linear", "factor": 3.0}
-    ),
-    "llama-dynamic": lambda: hf.LlamaConfig(
-        **GQA, rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 3.0}
-    ),
+    "llama-linear": lambda: hf.LlamaConfig(**GQA, rope_parameters=ROPE | {"rope_type": "linear", "factor": 3.0}),
+    "llama-dynamic": lambda: hf.LlamaConfig(**GQA, rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 3.0}),
     "llama-llama3": lambda: hf.LlamaConfig(
         **GQA,
         rope_parameters=ROPE
         | ORIGINAL
         | {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     ),
-    "llama-yarn": lambda: hf.LlamaConfig(
-        **GQA, rope_parameters=ROPE | ORIGINAL | {"rope_type": "yarn", "factor": 4.0}
-    ),
+    "llama-yarn": lambda: hf.LlamaConfig(**GQA, rope_parameters=ROPE | ORIGINAL | {"rope_type": "yarn", "factor": 4.0}),
     "mistral": lambda: hf.MistralConfig(**GQA, sliding_window=None),
     "mistral-window": lambda: hf.MistralConfig(**GQA, sliding_window=7),
     "qwen2": lambda: hf.Qwen2Config(**GQA),
-    "qwen2-window": lambda: hf.Qwen2Config(
-        **GQA, use_sliding_window=True, sliding_window=5, max_window_layers=1
-    ),
+    "qwen2-window": lambda: hf.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": lambda: hf.Qwen3Config(**GQA, head_dim=16),
     "qwen3-window": lambda: hf.Qwen3Config(
         **GQA,

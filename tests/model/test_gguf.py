@@ -76,9 +76,7 @@ def write_gguf(path: Path, architecture: str = "llama", seed: int = 0) -> Path:
     return path
 
 
-def test_converted_once_to_what_transformers_reads(
-    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_converted_once_to_what_transformers_reads(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
     path = write_gguf(tmp_path / "tiny.gguf")

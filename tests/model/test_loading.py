@@ -59,9 +59,7 @@ def test_weights_outlive_their_files(tiny_llama: Any, token_ids: Tensor, run: Ca
     assert torch.equal(run(loaded.decoder, token_ids), before)
 
 
-def test_base_model_without_head_prefix(
-    tiny_llama: Any, token_ids: Tensor, run: Callable[..., Tensor]
-) -> None:
+def test_base_model_without_head_prefix(tiny_llama: Any, token_ids: Tensor, run: Callable[..., Tensor]) -> None:
     """Checkpoints of the bare decoder name their tensors without "model."."""
     expected = run(load_model(tiny_llama[0], dtype=torch.float32).decoder, token_ids)
 
@@ -91,9 +89,7 @@ def test_other_dtypes_are_refused(tiny_llama: Any) -> None:
         load_model(tiny_llama[0], dtype=torch.float16)
 
 
-def test_missing_shard_is_named(
-    save_model: Callable[..., Any], make_llama_config: Callable[..., Any]
-) -> None:
+def test_missing_shard_is_named(save_model: Callable[..., Any], make_llama_config: Callable[..., Any]) -> None:
     directory, _ = save_model(make_llama_config(), max_shard_size="30KB")
     victim = sorted(directory.glob("*.safetensors"))[1]
     victim.unlink()
@@ -109,9 +105,7 @@ def test_truncated_weights_are_refused(keep: int, tiny_llama: Any) -> None:
         load_model(tiny_llama[0], dtype=torch.float32)
 
 
-@pytest.mark.parametrize(
-    "index", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}']
-)
+@pytest.mark.parametrize("index", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}'])
 def test_corrupt_index_is_refused(index: str, tiny_llama: Any) -> None:
     (tiny_llama[0] / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelError):

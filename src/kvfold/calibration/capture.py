@@ -14,7 +14,8 @@ from kvfold.model.decoder import Decoder, Lane
 LOGIT_TILE = 512  # tokens whose logits are held at once
 SINKS = 4  # first tokens, never sealed: outliers that must not shape the maps
 NEAR = 136  # recent tokens a query meets exactly: the default window and half a seal unit
-EVEN = 0.1  # share of a token's weight that does not depend on its cost: codes must hold for every token
+# Shares of a token's weight that do not depend on its cost, for the maps and for the quantisers (docs/performance.md).
+MAP_EVEN, FIT_EVEN = 0.5, 0.1
 MAX_COST = 50.0  # in units of the mean: no token may outweigh all others
 
 
@@ -105,9 +106,10 @@ class Capture:
         rows, gradient = rows[SINKS:].transpose(0, 1).float(), gradient[:, SINKS:]
         cost = gradient.square().sum(-1)
         cost = cost / cost.mean(1, keepdim=True).clamp(min=1e-30)
-        weights = EVEN + (1 - EVEN) * cost.clamp(max=MAX_COST)  # [G, T]
-        self.moments[side].add(layer, rows, weights)
+        cost = cost.clamp(max=MAX_COST)  # [G, T]
+        self.moments[side].add(layer, rows, MAP_EVEN + (1 - MAP_EVEN) * cost)
         self.gradients[side][layer] += gradient.mT @ gradient / gradient.shape[1]
+        weights = FIT_EVEN + (1 - FIT_EVEN) * cost
         picked = torch.multinomial(weights, self._per_window, replacement=True, generator=self._generator)
         self._samples[side][layer].append(rows.gather(1, picked[..., None].expand(-1, -1, rows.shape[-1])))
 

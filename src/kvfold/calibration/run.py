@@ -22,7 +22,7 @@ DEFAULT_CONTEXT = 2048
 MIN_TOKENS = 1024
 HELD_OUT = 0.2  # the end of the text, for choosing bits by measured loss
 HELD_OUT_WINDOWS = 4
-SAMPLES = 3072  # rows per head that quantisers are fitted to
+SAMPLES = 2048  # rows per head that quantisers are fitted to
 
 
 @dataclass(frozen=True)
