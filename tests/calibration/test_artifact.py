@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def fail_with(code: int) -> Any:
 
 @pytest.mark.parametrize(
     ("where", "name"),
-    [(os, "fsync"), (tempfile, "NamedTemporaryFile"), (Path, "replace"), (Path, "mkdir")],
+    [(os, "fsync"), (Path, "open"), (Path, "replace"), (Path, "mkdir")],
     ids=["write", "create", "rename", "folder"],
 )
 def test_a_full_disk_leaves_the_older_file(

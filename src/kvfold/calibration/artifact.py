@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,23 +64,20 @@ def save_artifact(path: Path, artifact: Artifact) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """The file appears whole or not at all. Raises CalibrationError where it cannot be written."""
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        temporary = None
     except OSError as error:
         reason = error.strerror or str(error)
         raise CalibrationError(f"cannot write {path}: {reason}; free some space or choose another --out") from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def load_artifact(path: Path, model: str | None = None) -> Artifact:

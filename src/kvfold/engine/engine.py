@@ -163,7 +163,7 @@ class Engine:
         others = first.request.sequences[1:]
         for sequence in others:
             sequence.tables = first.held.fork(self.memory.pool)
-            self.scheduler.join(sequence)
+            self.scheduler.join(sequence, first)
         return others
 
     def _append(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:

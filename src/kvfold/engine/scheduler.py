@@ -30,9 +30,9 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def join(self, sequence: Sequence) -> None:
-        """A sequence that already holds tables, forked from a running one."""
-        self.running.append(sequence)
+    def join(self, sequence: Sequence, origin: Sequence) -> None:
+        """A sequence that already holds tables, forked from the running `origin`: it is as old as that one."""
+        self.running.insert(self.running.index(origin) + 1, sequence)
 
     def schedule(self) -> list[Scheduled]:
         """Tokens for one step; empty only where nothing waits or runs."""
