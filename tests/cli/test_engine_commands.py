@@ -136,3 +136,13 @@ def test_a_text_too_short_to_calibrate_leaves_nothing(kvfold_here: Kvfold, tiny_
     result = kvfold_here("calibrate", "--model", tiny_llama, "--text", text, "--out", out)
     assert result.returncode == 2, result.stderr
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_search_for_a_loss_shows_what_it_measured(kvfold_here: Kvfold, tiny_llama: Path, artifact: Path) -> None:
+    options = ("--model", tiny_llama, "--kv", "zeroc(max_loss=0.5,recent=16)", "--calibration", artifact)
+    common = ("generate", *options, "--max-tokens", "1", "--prompt", PROMPTS[0])
+    curve = parsed(kvfold_here, *common)["curve"]
+    assert [trial["bits"] for trial in curve] == sorted((trial["bits"] for trial in curve), reverse=True)
+    assert curve[0]["bits"] == 8
+    text = kvfold_here(*common)
+    assert all(f"{trial['loss']:+.2%}" in text.stderr for trial in curve)

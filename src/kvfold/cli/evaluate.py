@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kvfold.cli import options
-from kvfold.cli.output import print_json, print_report, report_fields
+from kvfold.cli.output import print_curve, print_json, print_report, report_fields
 from kvfold.cli.progress import ConsoleProgress
 from kvfold.config.method import parse_method
 from kvfold.config.size import parse_bytes
@@ -61,4 +61,5 @@ def perplexity(
     if json:
         print_json(fields)
     else:
+        print_curve(report.curve)
         print_report(f"{model} with {kv}", fields)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 import kvfold
 from kvfold.cli import options
-from kvfold.cli.output import print_json, shown
+from kvfold.cli.output import print_curve, print_json, shown
 from kvfold.cli.progress import ConsoleProgress
 from kvfold.config.method import parse_method
 from kvfold.config.size import parse_bytes
@@ -61,6 +61,8 @@ def generate(
     )
     progress = ConsoleProgress()
     llm = kvfold.LLM(model, kv=kv, kv_memory=memory, dtype=dtype, seed=seed, calibration=calibration, progress=progress)
+    if not json:
+        print_curve(llm.curve)
     started = time.perf_counter()
     if chat:
         conversations = [[{"role": "user", "content": text}] for text in prompts]
@@ -70,7 +72,7 @@ def generate(
     seconds = time.perf_counter() - started
     if json:
         results = [_result(output) for output in outputs]
-        print_json({"model": model, "kv": kv, "seconds": seconds, "outputs": results})
+        print_json({"model": model, "kv": kv, "seconds": seconds, "curve": llm.curve, "outputs": results})
         return
     for index, output in enumerate(outputs):
         if len(outputs) > 1:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -32,6 +32,18 @@ def print_report(title: str, report: Mapping[str, Any]) -> None:
         if value is not None and not isinstance(value, list | tuple | set | Mapping) and not is_dataclass(value):
             table.add_row(name.replace("_", " "), Text(shown(name, value)))
     Console().print(table)
+
+
+def print_curve(curve: Sequence[Any]) -> None:
+    """Print on stderr what a search for `max_loss` measured (objects with `bits` and `loss`); nothing if empty."""
+    if not curve:
+        return
+    table = Table(title="measured on held-out calibration text", title_justify="left")
+    table.add_column("bits", justify="right")
+    table.add_column("perplexity", justify="right")
+    for trial in curve:
+        table.add_row(f"{trial.bits:g}", f"{trial.loss:+.2%}")
+    Console(stderr=True).print(table)
 
 
 def shown(name: str, value: object) -> str:
