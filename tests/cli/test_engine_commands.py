@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from kvfold.cli.app import main
+
 from .conftest import Kvfold
 
 PROMPTS = ("A page belongs to", "Two requests with the same beginning")
@@ -146,3 +148,37 @@ def test_a_search_for_a_loss_shows_what_it_measured(kvfold_here: Kvfold, tiny_ll
     assert curve[0]["bits"] == 8
     text = kvfold_here(*common)
     assert all(f"{trial['loss']:+.2%}" in text.stderr for trial in curve)
+
+
+def test_the_summary_fits_a_terminal_of_80_columns(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["generate", "--model", str(tiny_llama), "--max-tokens", "2", "--prompt", PROMPTS[0]]) == 0
+    summary = capsys.readouterr().err
+    assert "compression" in summary
+    assert max(map(len, summary.splitlines())) <= 80
+
+
+def test_a_search_takes_windows_as_long_as_the_models_positions(
+    kvfold_here: Kvfold, tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    options = ("--text", tiny_text, "--tokens", "1024", "--context", "512", "--out", tmp_path)
+    assert parsed(kvfold_here, "calibrate", "--model", tiny_llama, *options)["context"] == 512
+    method = ("--kv", "zeroc(max_loss=0.5,recent=16)", "--calibration", tmp_path)
+    parsed(kvfold_here, "generate", "--model", tiny_llama, *method, "--max-tokens", "1", "--prompt", PROMPTS[0])
+
+
+def test_demo_refuses_a_misspelt_method_before_any_work(kvfold_here: Kvfold, tmp_path: Path) -> None:
+    result = kvfold_here("demo", "--model", tmp_path, "--kv", "zeroc(bit=4)")
+    assert result.returncode == 2
+    assert "did you mean 'bits'?" in result.stderr
+
+
+@pytest.mark.parametrize("parameter", ["sinks", "recent"])
+def test_as_many_near_tokens_as_no_machine_holds_are_refused(
+    kvfold_here: Kvfold, tiny_llama: Path, parameter: str
+) -> None:
+    result = kvfold_here("info", "--model", tiny_llama, "--kv", f"zeroc({parameter}={10**20})")
+    assert result.returncode == 2
+    assert "at most" in result.stderr

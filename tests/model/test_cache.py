@@ -86,3 +86,9 @@ def test_unwritable_cache_names_the_remedy(cache: Path) -> None:
     cache.write_text("a file where the folder should be")
     with pytest.raises(ModelError, match="KVFOLD_CACHE"):
         cached_directory("a", write)
+
+
+def test_a_folder_that_cannot_be_looked_up_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFOLD_CACHE", "x" * 5000)
+    with pytest.raises(ModelError, match="set KVFOLD_CACHE"):
+        cached_directory("entry", write)

@@ -80,13 +80,22 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises CalibrationError where `folder` cannot be written or made, before minutes are spent on what goes there."""
+    existing = folder.absolute()
+    while not os.path.exists(existing):
+        existing = existing.parent
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        raise CalibrationError(f"{folder} cannot be written; choose another --out or set KVFOLD_CACHE")
+
+
 def load_artifact(path: Path, model: str | None = None) -> Artifact:
     """Reads and verifies an artifact; `model` is the fingerprint that it must have been made for (None: any).
 
     Raises CalibrationError for a file that is missing, damaged, of another version or of another model.
     """
     again = "run `kvfold calibrate` again"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, False where the path cannot be looked up
         raise CalibrationError(f"there is no calibration at {path}; run `kvfold calibrate` first")
     try:
         with safe_open(path, "pt") as file:

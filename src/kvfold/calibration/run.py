@@ -1,6 +1,7 @@
 """The whole of calibration: text to artifact, or the artifact that is there already."""
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvfold.calibration.artifact import FORMAT_VERSION, SUFFIX, Artifact, Header, load_artifact, save_artifact
+from kvfold.calibration.artifact import (
+    FORMAT_VERSION,
+    SUFFIX,
+    Artifact,
+    Header,
+    check_folder,
+    load_artifact,
+    save_artifact,
+)
 from kvfold.calibration.capture import Capture
 from kvfold.calibration.statistics import zeroc_statistics
 from kvfold.calibration.text import Text, default_text, read_text
@@ -53,10 +62,12 @@ def calibrate(
     tokens: how many to use; context: tokens per sequence; out: directory (None: the user's cache).
     Raises CalibrationError for a text that is too short or a file that cannot be written.
     """
+    folder = _cache() if out is None else out
+    check_folder(folder)
     source = (default_text() if text is None else read_text(text)).part(start, stop)
     loaded = load_model(model, dtype=torch.float32, progress=progress)
     artifact = calibrate_model(loaded, source, (start, stop), tokens=tokens, context=context, progress=progress)
-    path = default_path(loaded, source, tokens, context) if out is None else out / f"zeroc{SUFFIX}"
+    path = default_path(loaded, source, tokens, context) if out is None else folder / f"zeroc{SUFFIX}"
     save_artifact(path, artifact)
     header = artifact.header
     return CalibrationResult(path, source.name, header.tokens, header.context, header.perplexity, header.seconds)
@@ -107,7 +118,8 @@ def find_artifact(model: LoadedModel, path: Path | None, progress: Progress = SI
         return path, load_artifact(path, model.fingerprint)
     text = default_text()
     path = default_path(model, text, None, None)
-    if not path.is_file():
+    if not os.path.isfile(path):
+        check_folder(path.parent)
         full = model if model.decoder.dtype == torch.float32 else load_model(model.path, dtype=torch.float32)
         save_artifact(path, calibrate_model(full, text, progress=progress))
     return path, load_artifact(path, model.fingerprint)
@@ -116,7 +128,11 @@ def find_artifact(model: LoadedModel, path: Path | None, progress: Progress = SI
 def default_path(model: LoadedModel, text: Text, tokens: int | None, context: int | None) -> Path:
     """Where the user's cache keeps the artifact of a model, text and settings."""
     settings = (FORMAT_VERSION, model.fingerprint, text.digest, tokens or DEFAULT_TOKENS, context or DEFAULT_CONTEXT)
-    return cache_folder() / "calibration" / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:24]}{SUFFIX}"
+    return _cache() / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:24]}{SUFFIX}"
+
+
+def _cache() -> Path:
+    return cache_folder() / "calibration"
 
 
 def _check(tokens: int | None, context: int | None) -> None:
@@ -149,7 +165,7 @@ def _spread(ids: Tensor, context: int, count: int) -> list[Tensor]:
 
 
 def _in_directory(path: Path) -> Path:
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path's, False where the path cannot be looked up
         return path
     found = sorted(path.glob(f"*{SUFFIX}"))
     if len(found) != 1:

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 nobody reads the output any more; 2 the input is wrong (on
 130 interrupted. Anything else is a defect of kvfold and shows its traceback.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -65,12 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Abort):
         code = INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, and would complain there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _discard_stdout()
+        return _fail(f"cannot write: {error.strerror}; free some space.")
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _discard_stdout() -> None:
+    """Python flushes stdout once more at exit, and would complain there."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

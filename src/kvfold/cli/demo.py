@@ -14,7 +14,6 @@ from kvfold.cli import options
 from kvfold.cli.demo_document import ANSWER, QUESTION, demo_prompt
 from kvfold.cli.output import print_json, shown
 from kvfold.cli.progress import ConsoleProgress
-from kvfold.config.method import parse_method
 
 DENSE = "none"
 
@@ -42,7 +41,9 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Answer a question over a document of 6,000 tokens with the dense cache and with METHOD."""
-    parse_method(kv)
+    from kvfold.methods.registry import build_codec
+
+    build_codec(kv)  # a misspelt method fails before the dense run
     prompt = demo_prompt()
     runs = [run_once(model, method, prompt, max_tokens, dtype) for method in (DENSE, kv)]
     if json:

@@ -130,7 +130,7 @@ def _result(output: "kvfold.RequestOutput") -> dict[str, Any]:
 def _print_summary(outputs: list["kvfold.RequestOutput"], seconds: float) -> None:
     table = Table(caption=f"{seconds:.1f} s", caption_justify="left")
     for name in ("prompt", "prompt tokens", "new tokens", "finished by", "KV bytes", "dense", "compression"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=" " not in name)  # a cut word says nothing
     for index, output in enumerate(outputs):
         completion, kv = output.outputs[0], output.kv
         table.add_row(

@@ -1,6 +1,7 @@
 """How an engine runs, apart from the model and the method."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from kvfold.errors import ConfigError
 
@@ -24,5 +25,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("kv_memory", "chunk", "max_batch_tokens", "max_sequences", "prefix_block"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is out of range; give a positive number")
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 1:
+                raise ConfigError(f"{name}={value!r} is out of range; give a positive integer")
+        if not _is_integer(self.seed):
+            raise ConfigError(f"seed={self.seed!r} is not allowed; give an integer")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

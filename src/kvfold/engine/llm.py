@@ -1,6 +1,6 @@
 """The offline face of the engine, in the conventions of vLLM."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,12 @@ from kvfold.engine.engine import Engine
 from kvfold.engine.lane import MethodLane, build_lane
 from kvfold.engine.outputs import RequestOutput
 from kvfold.engine.params import SamplingParams
+from kvfold.engine.prompts import Messages, Prompt, encode, list_conversations, list_prompts, tokenize
 from kvfold.engine.search import Trial, search_bits
 from kvfold.errors import ConfigError, PromptError
 from kvfold.methods.registry import build_codec
 from kvfold.methods.zeroc import ZeroC
 from kvfold.model.loading import LoadedModel, load_model
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-Messages = list[dict[str, Any]]
 
 
 class LLM:
@@ -58,8 +56,8 @@ class LLM:
         config = EngineConfig(parse_bytes(kv_memory), chunk, max_batch_tokens, prefix_caching=prefix_caching, seed=seed)
         build_codec(kv)  # a misspelt method fails before the model is loaded
         if threads is not None:
-            if threads < 1:
-                raise ConfigError(f"threads={threads} is out of range; give a positive number")
+            if not isinstance(threads, int) or threads < 1:
+                raise ConfigError(f"threads={threads!r} is out of range; give a positive integer")
             torch.set_num_threads(threads)
         compute, raw_bits = resolve_dtypes(dtype, kv_dtype)
         self.model = load_model(model, dtype=compute, progress=progress)
@@ -75,18 +73,22 @@ class LLM:
         *,
         progress: Progress = SILENT,
     ) -> list[RequestOutput]:
-        """Completes prompts (texts, lists of token ids, or {"prompt_token_ids": [...]}) as one batch, in order.
+        """Completes prompts as one batch, in order.
 
-        params: one for all prompts or one for each. A prompt that cannot be served raises before any work.
+        prompts: texts, lists of token ids, {"prompt": text} or {"prompt_token_ids": ids}. params: one for all
+        prompts or one for each. A prompt that cannot be served raises before any work.
         Interrupted (KeyboardInterrupt), it cancels all requests and frees their pages.
         """
-        listed = _listed(prompts)
+        listed = list_prompts(prompts)
         each = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(listed):
             raise PromptError(
                 f"{len(each)} sampling parameters for {len(listed)} prompts; give one for each or one for all"
             )
-        return self._run([self._tokenized(p) for p in listed], each, progress)
+        for own in each:
+            if not isinstance(own, SamplingParams):
+                raise ConfigError(f"params={own!r} is not allowed; give SamplingParams(...), one or a list of them")
+        return self._run([tokenize(self.model.tokenizer, p) for p in listed], each, progress)
 
     def chat(
         self,
@@ -96,14 +98,11 @@ class LLM:
         progress: Progress = SILENT,
     ) -> list[RequestOutput]:
         """Answers one conversation, or several, rendered with the model's chat template."""
-        several: Any = messages
-        if not several:
-            raise PromptError("the conversation is empty; give at least one message")
-        conversations = [several] if isinstance(several[0], Mapping) else list(several)
+        conversations = list_conversations(messages)
         tokenizer: Any = self.model.tokenizer
         if tokenizer.chat_template is None:
             raise PromptError("the model has no chat template; use generate with a plain prompt")
-        prompts = []
+        prompts: list[Prompt] = []
         for conversation in conversations:
             try:
                 text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
@@ -111,15 +110,8 @@ class LLM:
                 raise PromptError(
                     f"the chat template refuses the messages ({error}); check roles and contents"
                 ) from error
-            prompts.append({"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]})
+            prompts.append({"prompt_token_ids": encode(tokenizer, text, add_special_tokens=False)})
         return self.generate(prompts, params, progress=progress)
-
-    def _tokenized(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            tokenizer: Any = self.model.tokenizer
-            return prompt, tokenizer(prompt, verbose=False)["input_ids"]
-        ids = prompt["prompt_token_ids"] if isinstance(prompt, Mapping) else prompt
-        return None, list(ids)
 
     def _run(
         self, prompts: list[tuple[str | None, list[int]]], params: list[SamplingParams], progress: Progress
@@ -171,12 +163,3 @@ def prepare_lane(
     if isinstance(codec, ZeroC) and codec.max_loss is not None:
         codec, curve = search_bits(model, codec, artifact, path, raw_bits, progress)
     return build_lane(model.decoder, kv, codec, raw_bits, artifact.tensors), curve
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    several: Any = list(prompts)
-    if not several:
-        raise PromptError("there is no prompt; give at least one")
-    return [several] if isinstance(several[0], int) else several

@@ -69,7 +69,7 @@ class SamplingParams:
         self._integer("n", low=1)
         self._real("temperature", low=0.0)
         self._real("top_p", low=0.0, high=1.0, open_low=True)
-        self._integer("top_k", low=-1)
+        self._integer("top_k", low=-1, high=_INT64_MAX)
         self._set("top_k", max(self.top_k, 0))
         self._real("min_p", low=0.0, high=1.0)
         self._real("presence_penalty", low=-2.0, high=2.0)

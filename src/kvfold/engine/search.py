@@ -1,8 +1,10 @@
 """`zeroc(max_loss=...)`: the fewest bits whose measured loss on held-out text stays within the limit."""
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kvfold.calibration.artifact import Artifact, write_atomically
 from kvfold.config.engine import EngineConfig
@@ -35,7 +37,8 @@ def search_bits(
     Raises CalibrationError where not even 8 bits meet the limit.
     """
     assert codec.max_loss is not None
-    windows = [window.tolist() for window in artifact.tensors["held_out"]]
+    # A request generates a token after its prompt, so a window as long as the model's positions is one too long.
+    windows = [window[: model.spec.max_positions - 1].tolist() for window in artifact.tensors["held_out"]]
     memory = replace(EngineConfig(), kv_memory=2 * len(windows) * _dense_bytes(model, len(windows[0]), raw_bits))
     memory = replace(memory, prefix_caching=False)
     known = _read(path, codec)
@@ -78,12 +81,22 @@ def _key(codec: ZeroC) -> str:
 
 def _read(path: Path, codec: ZeroC) -> dict[float, float]:
     try:
-        curves = json.loads(path.with_suffix(".json").read_text())
-        return {trial["bits"]: trial["loss"] for trial in curves[_key(codec)]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # nothing measured yet, or nothing readable: it is measured again
+        return {float(trial["bits"]): float(trial["loss"]) for trial in _curves(path)[_key(codec)]}
+    except (KeyError, TypeError, ValueError):
+        return {}  # measured again
 
 
 def _write(path: Path, codec: ZeroC, known: dict[float, float]) -> None:
-    curves = {_key(codec): [asdict(Trial(bits, loss)) for bits, loss in sorted(known.items())]}
-    write_atomically(path.with_suffix(".json"), json.dumps(curves, indent=1).encode())
+    curves = _curves(path) | {_key(codec): [asdict(Trial(bits, loss)) for bits, loss in sorted(known.items())]}
+    # The result stands whether or not it can be kept: an artifact may lie in a folder of somebody else's.
+    with contextlib.suppress(CalibrationError):
+        write_atomically(path.with_suffix(".json"), json.dumps(curves, indent=1).encode())
+
+
+def _curves(path: Path) -> dict[str, Any]:
+    """What earlier searches measured with the artifact at `path`, by settings; nothing where it cannot be read."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -20,7 +20,7 @@ def build_codec(method: str | MethodExpression) -> Codec:
     Raises ConfigError for an unknown method or parameter (naming the nearest) and for values of a wrong type or
     out of range.
     """
-    expression = parse_method(method) if isinstance(method, str) else method
+    expression = method if isinstance(method, MethodExpression) else parse_method(method)
     if len(expression.calls) > 1:
         names = " + ".join(call.name for call in expression.calls)
         raise ConfigError(f"{names} do not combine: each is a codec of its own; name one method")

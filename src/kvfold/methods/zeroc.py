@@ -33,6 +33,7 @@ MapName = Literal["optimal", "stacked"]
 BLOCK = 16  # tokens sealed together
 SIDES = ("key", "value")
 FIELDS = ("a", "b", "offset", "step", "error", "weight")
+MOST_NEAR = 2**20  # tokens; more than any model reads
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class ZeroC:
             raise ConfigError(f"zeroc max_loss={self.max_loss} is out of range; 0.01 allows 1 % more perplexity")
         if self.map not in get_args(MapName):
             raise ConfigError(f"zeroc map={self.map!r} is unknown; choose one of {', '.join(get_args(MapName))}")
-        if self.sinks < 0 or self.recent < 1:
-            raise ConfigError("zeroc needs sinks >= 0 and recent >= 1; the defaults are 4 and 128")
+        if not (0 <= self.sinks <= MOST_NEAR and 1 <= self.recent <= MOST_NEAR):
+            raise ConfigError(
+                f"zeroc needs sinks >= 0 and recent >= 1, both at most {MOST_NEAR}; the defaults are 4 and 128"
+            )
 
     def prepare(self, shape: CacheShape, statistics: Mapping[str, Tensor] | None) -> Prepared:
         if statistics is None:

@@ -28,7 +28,7 @@ def cached_directory(name: str, build: Callable[[Path], None]) -> Path:
     from filelock import FileLock
 
     final = cache_folder() / name
-    if final.is_dir():
+    if os.path.isdir(final):  # unlike Path's, False where the path cannot be looked up
         return final
     partial = final.with_name(f".{final.name}.partial")
     try:

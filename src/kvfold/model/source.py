@@ -1,5 +1,6 @@
 """From what the user calls a model to a local directory that holds it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -32,12 +33,15 @@ def resolve_config(source: str | Path, progress: Progress = SILENT) -> Path:
 
 def _resolve_local(source: str | Path, progress: Progress) -> Path | None:
     """The directory of a source that needs no network; None: the source is a hub id."""
-    path = Path(source).expanduser()
-    if str(source) and path.is_dir():  # Path("") would be the working directory
+    if not isinstance(source, str | Path):
+        raise ModelError(f"{source!r} is no model: give the name of a model or the path of its directory")
+    # Unlike Path's methods, those of os.path take unknown users and unreadable or overlong paths as not there.
+    path = Path(os.path.expanduser(source))
+    if str(source) and os.path.isdir(path):  # Path("") would be the working directory
         return path
     if path.suffix.lower() == ".gguf":
         return convert_gguf(path, progress)
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"{path} is not a model: name the directory that holds it, or a .gguf file")
     name = str(source)
     if name.lower() in ALIASES:
