@@ -41,7 +41,8 @@ def search_bits(
     windows = [window[: model.spec.max_positions - 1].tolist() for window in artifact.tensors["held_out"]]
     memory = replace(EngineConfig(), kv_memory=2 * len(windows) * _dense_bytes(model, len(windows[0]), raw_bits))
     memory = replace(memory, prefix_caching=False)
-    known = _read(path, codec)
+    key = _key(codec, artifact)
+    known = _read(path, key)
 
     def perplexity(method: ZeroC | Dense, what: str) -> float:
         lane = build_lane(model.decoder, what, method, raw_bits, artifact.tensors)
@@ -65,7 +66,7 @@ def search_bits(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if loss(middle * STEP) <= codec.max_loss else (middle, high)
-    _write(path, codec, known)
+    _write(path, key, known)
     curve = [Trial(bits, known[bits]) for bits in sorted(known, reverse=True)]
     return replace(codec, bits=high * STEP, max_loss=None), curve
 
@@ -75,19 +76,20 @@ def _dense_bytes(model: LoadedModel, tokens: int, raw_bits: int) -> int:
     return spec.n_layers * spec.kv_heads * spec.head_dim * 2 * (tokens + 64) * raw_bits // 8
 
 
-def _key(codec: ZeroC) -> str:
-    return f"{codec.map} {codec.sinks} {codec.recent}"
+def _key(codec: ZeroC, artifact: Artifact) -> str:
+    """What a curve holds for; the header tells a calibration from an earlier one at the same place."""
+    return f"{codec.map} {codec.sinks} {codec.recent} {json.dumps(asdict(artifact.header))}"
 
 
-def _read(path: Path, codec: ZeroC) -> dict[float, float]:
+def _read(path: Path, key: str) -> dict[float, float]:
     try:
-        return {float(trial["bits"]): float(trial["loss"]) for trial in _curves(path)[_key(codec)]}
+        return {float(trial["bits"]): float(trial["loss"]) for trial in _curves(path)[key]}
     except (KeyError, TypeError, ValueError):
         return {}  # measured again
 
 
-def _write(path: Path, codec: ZeroC, known: dict[float, float]) -> None:
-    curves = _curves(path) | {_key(codec): [asdict(Trial(bits, loss)) for bits, loss in sorted(known.items())]}
+def _write(path: Path, key: str, known: dict[float, float]) -> None:
+    curves = _curves(path) | {key: [asdict(Trial(bits, loss)) for bits, loss in sorted(known.items())]}
     # The result stands whether or not it can be kept: an artifact may lie in a folder of somebody else's.
     with contextlib.suppress(CalibrationError):
         write_atomically(path.with_suffix(".json"), json.dumps(curves, indent=1).encode())
