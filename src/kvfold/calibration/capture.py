@@ -60,8 +60,12 @@ class Capture:
         self._per_window = -(-samples // windows)
         self._generator = torch.Generator().manual_seed(seed)
 
-    def run(self, tokens: Tensor) -> float:
-        """One sequence of tokens int64 [T], forward and backward. Returns its mean negative log-likelihood."""
+    def run(self, tokens: Tensor, first: int = 0) -> float:
+        """One sequence of tokens int64 [T], forward and backward. Returns its mean negative log-likelihood.
+
+        first: position of the first token. A model with RoPE sees distances alone and computes the same anywhere,
+        but its keys and queries are rotated by where they are: short sequences stand for long ones this way.
+        """
         count = len(tokens)
         positions = torch.arange(count)
         near_start = (positions + 1 - NEAR).clamp(min=SINKS)
@@ -82,7 +86,7 @@ class Capture:
             return tapped_attention(q, k, v, spec.attention_scale, window, near_start, SINKS, receive)
 
         lane = Lane(slice(0, count), self._decoder.attention_weights, attend)
-        hidden = self._decoder.forward(tokens, positions, [lane])
+        hidden = self._decoder.forward(tokens, first + positions, [lane])
         loss = torch.stack(
             [
                 checkpoint(

@@ -27,7 +27,8 @@ from kvfold.model.cache import cache_folder
 from kvfold.model.loading import LoadedModel, load_model
 
 DEFAULT_TOKENS = 12288
-DEFAULT_CONTEXT = 2048
+DEFAULT_CONTEXT = 8192  # positions to spread the sequences over, if the model has as many
+WINDOW = 2048  # tokens per sequence
 MIN_TOKENS = 1024
 HELD_OUT = 0.2  # the end of the text, for choosing bits by measured loss
 HELD_OUT_WINDOWS = 4
@@ -59,7 +60,7 @@ def calibrate(
 ) -> CalibrationResult:
     """Calibrates a model on a text file (None: the embedded default) and saves the artifact.
 
-    tokens: how many to use; context: tokens per sequence; out: directory (None: the user's cache).
+    tokens: how many to use; context: positions to calibrate for; out: directory (None: the user's cache).
     Raises CalibrationError for a text that is too short or a file that cannot be written.
     """
     folder = _cache() if out is None else out
@@ -86,12 +87,14 @@ def calibrate_model(
     began = time.monotonic()
     _check(tokens, context)
     ids = torch.tensor(model.tokenizer(text.content, verbose=False)["input_ids"])
-    windows, held_out = _windows(ids, tokens, context, model.spec.max_positions)
+    context = min(context or DEFAULT_CONTEXT, model.spec.max_positions)
+    windows, held_out = _windows(ids, tokens or DEFAULT_TOKENS, min(context, WINDOW))
+    last = context - len(windows[0]) if model.spec.rope else 0
     capture = Capture(model.decoder, SAMPLES, len(windows))
     losses = []
     with progress.task("calibrating", len(windows) + 1) as advance:
-        for window in windows:
-            losses.append(capture.run(window))
+        for i, window in enumerate(windows):
+            losses.append(capture.run(window, round(last * i / max(len(windows) - 1, 1))))
             advance()
         tensors = zeroc_statistics(model.decoder, capture)
         advance()
@@ -101,7 +104,7 @@ def calibrate_model(
         start=part[0],
         stop=part[1],
         tokens=sum(map(len, windows)),
-        context=len(windows[0]),
+        context=context,
         seconds=round(time.monotonic() - began, 3),
         perplexity=float(torch.tensor(losses).mean().exp()),
     )
@@ -142,26 +145,24 @@ def _check(tokens: int | None, context: int | None) -> None:
         raise ConfigError(f"--context {context} is too short to have far tokens; give at least 256")
 
 
-def _windows(ids: Tensor, tokens: int | None, context: int | None, positions: int) -> tuple[list[Tensor], Tensor]:
-    """Sequences spread evenly over the text, and others from its held-out end, int64 [n, context]."""
-    wanted, context = tokens or DEFAULT_TOKENS, min(context or DEFAULT_CONTEXT, positions)
+def _windows(ids: Tensor, tokens: int, size: int) -> tuple[list[Tensor], Tensor]:
+    """Sequences of up to `size` tokens spread evenly over the text, and others from its held-out end, int64."""
     if len(ids) < MIN_TOKENS / (1 - HELD_OUT):
         raise CalibrationError(
             f"the text has {len(ids)} tokens, calibration needs {round(MIN_TOKENS / (1 - HELD_OUT))}; "
             "give a longer text or leave --text out for the default one"
         )
     head, tail = ids[: round(len(ids) * (1 - HELD_OUT))], ids[round(len(ids) * (1 - HELD_OUT)) :]
-    context = min(context, len(head) // 2)
-    return _spread(head, context, max(1, round(wanted / context))), torch.stack(
-        _spread(tail, min(context, len(tail)), HELD_OUT_WINDOWS)
-    )
+    size = min(size, len(head) // 2)
+    held_out = _spread(tail, min(size, len(tail)), HELD_OUT_WINDOWS)
+    return _spread(head, size, max(1, round(tokens / size))), torch.stack(held_out)
 
 
-def _spread(ids: Tensor, context: int, count: int) -> list[Tensor]:
-    """Up to `count` windows of `context` tokens that do not overlap, at even distances."""
-    count = min(count, len(ids) // context)
+def _spread(ids: Tensor, size: int, count: int) -> list[Tensor]:
+    """Up to `count` windows of `size` tokens that do not overlap, at even distances."""
+    count = min(count, len(ids) // size)
     gap = len(ids) // count
-    return [ids[i * gap : i * gap + context] for i in range(count)]
+    return [ids[i * gap : i * gap + size] for i in range(count)]
 
 
 def _in_directory(path: Path) -> Path:

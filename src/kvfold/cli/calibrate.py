@@ -17,7 +17,9 @@ def calibrate(
         typer.Option("--text", help="Text to calibrate on (default: English that Python carries).", metavar="FILE"),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of the text to use.", metavar="N")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens per sequence; use what you serve.", metavar="N")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Positions to calibrate for (default: the model's, up to 8192).", metavar="N")
+    ] = None,
     start: options.From = 0.0,
     stop: options.To = 1.0,
     out: Annotated[
