@@ -5,6 +5,7 @@ import torch
 
 from kvfold import LLM, SamplingParams
 from kvfold.calibration.artifact import load_artifact
+from kvfold.calibration.capture import Capture
 from kvfold.calibration.run import (
     HELD_OUT,
     MIN_TOKENS,
@@ -163,3 +164,16 @@ def test_a_folder_must_hold_exactly_one_artifact(
     with pytest.raises(CalibrationError, match="2 calibrations"):
         find_artifact(model, tmp_path)
     assert find_artifact(model, path)[0] == path
+
+
+def test_a_sequence_stands_for_any_position(model: LoadedModel) -> None:
+    """With RoPE the loss does not depend on where a sequence lies; what is measured of its keys does."""
+    tokens = torch.arange(300) % model.spec.vocab
+    found = []
+    for first in (0, 200):
+        capture = Capture(model.decoder, 64, 1)
+        found.append((capture.run(tokens, first), capture.moments["key"].gram, capture.moments["value"].gram))
+    (near, near_keys, near_values), (far, far_keys, far_values) = found
+    assert far == pytest.approx(near, rel=1e-4)
+    torch.testing.assert_close(far_values, near_values, rtol=2e-2, atol=2e-2)
+    assert (far_keys - near_keys).abs().max() > 0.01 * near_keys.abs().max()
