@@ -87,19 +87,13 @@ class Capture:
 
         lane = Lane(slice(0, count), self._decoder.attention_weights, attend)
         hidden = self._decoder.forward(tokens, first + positions, [lane])
-        loss = torch.stack(
-            [
-                checkpoint(
-                    self._nll, hidden[i : i + LOGIT_TILE], tokens[i + 1 : i + 1 + LOGIT_TILE], use_reentrant=False
-                )
-                for i in range(0, count - 1, LOGIT_TILE)
-            ]
-        ).sum()
+        tiles = zip(hidden[:-1].split(LOGIT_TILE), tokens[1:].split(LOGIT_TILE), strict=True)
+        loss = torch.stack([checkpoint(self._nll, *tile, use_reentrant=False) for tile in tiles]).sum()
         loss.backward()
         return float(loss.detach()) / (count - 1)
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self._decoder.logits(hidden[: len(targets)]), targets, reduction="sum")
+        return F.cross_entropy(self._decoder.logits(hidden), targets, reduction="sum")
 
     def _observe(self, side: str, layer: int, rows: Tensor, gradient: Tensor) -> None:
         """rows: [T, G, d]; gradient: of the loss with respect to their far use, [G, T, d].

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from kvfold.calibration.artifact import Artifact, write_atomically
 from kvfold.config.engine import EngineConfig
 from kvfold.config.progress import SILENT, Progress
 from kvfold.engine.engine import Engine
-from kvfold.engine.lane import build_lane
+from kvfold.engine.lane import build_lane, cache_shape
 from kvfold.engine.scoring import score
 from kvfold.errors import CalibrationError
 from kvfold.methods.dense import Dense
@@ -39,25 +40,26 @@ def search_bits(
     assert codec.max_loss is not None
     # A request generates a token after its prompt, so a window as long as the model's positions is one too long.
     windows = [window[: model.spec.max_positions - 1].tolist() for window in artifact.tensors["held_out"]]
-    memory = replace(EngineConfig(), kv_memory=2 * len(windows) * _dense_bytes(model, len(windows[0]), raw_bits))
-    memory = replace(memory, prefix_caching=False)
+    dense_bytes = cache_shape(model.spec, raw_bits).dense_bytes(len(windows[0]) + 64) * raw_bits // 16
+    config = EngineConfig(kv_memory=2 * len(windows) * dense_bytes, prefix_caching=False)
     key = _key(codec, artifact)
     known = _read(path, key)
 
     def perplexity(method: ZeroC | Dense, what: str) -> float:
         lane = build_lane(model.decoder, what, method, raw_bits, artifact.tensors)
-        engine = Engine(model.decoder, model.tokenizer, [lane], memory)
+        engine = Engine(model.decoder, model.tokenizer, [lane], config)
         return score(engine, windows, what=f"measuring {what}", progress=progress).perplexity
+
+    @cache  # not measured at all where the whole curve is known
+    def dense() -> float:
+        return perplexity(Dense(), "none")
 
     def loss(bits: float) -> float:
         if bits not in known:
-            if "dense" not in dense:
-                dense["dense"] = perplexity(Dense(), "none")
             trial = replace(codec, bits=bits, max_loss=None)
-            known[bits] = perplexity(trial, f"zeroc(bits={bits:g})") / dense["dense"] - 1
+            known[bits] = perplexity(trial, f"zeroc(bits={bits:g})") / dense() - 1
         return known[bits]
 
-    dense: dict[str, float] = {}
     low, high = round(LOWEST / STEP) - 1, round(HIGHEST / STEP)  # low fails (or is off the grid), high holds
     if loss(high * STEP) > codec.max_loss:
         raise CalibrationError(
@@ -69,11 +71,6 @@ def search_bits(
     _write(path, key, known)
     curve = [Trial(bits, known[bits]) for bits in sorted(known, reverse=True)]
     return replace(codec, bits=high * STEP, max_loss=None), curve
-
-
-def _dense_bytes(model: LoadedModel, tokens: int, raw_bits: int) -> int:
-    spec = model.spec
-    return spec.n_layers * spec.kv_heads * spec.head_dim * 2 * (tokens + 64) * raw_bits // 8
 
 
 def _key(codec: ZeroC, artifact: Artifact) -> str:
