@@ -13,10 +13,13 @@ TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types unit format clean
+.PHONY: help serve demo test lint types unit browser format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+serve: $(VENV)/installed ## An OpenAI-compatible server and a page to try it, on http://127.0.0.1:8000
+	$(BIN)/kvfold serve --kv "zeroc(bits=4)" --kv none
 
 demo: $(VENV)/installed ## Answer questions over a long document, dense and compressed
 	$(BIN)/kvfold demo
@@ -32,8 +35,16 @@ types: $(VENV)/installed ## Static types
 	$(BIN)/mypy
 
 # One torch thread per worker: two workers with two threads each would fight over two cores.
-unit: $(VENV)/installed ## All tests
+unit: $(VENV)/installed browser ## All tests
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+# The page is tested in a real Chromium. Where there is none and it may, this installs Debian's; elsewhere those
+# tests are skipped, except with CI set.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } >/dev/null; \
+	} || echo "no Chromium: the tests of the page are skipped"
 
 format: $(VENV)/installed ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix --quiet .

@@ -26,3 +26,11 @@ class PromptError(KvfoldError, ValueError):
 
 class MemoryLimitError(KvfoldError, MemoryError):
     """A request that could never fit the configured KV memory, or a pool that cannot be allocated."""
+
+
+class EngineDiedError(KvfoldError):
+    """The engine process ended while it was needed; the server says whether it starts again."""
+
+
+class GrammarError(KvfoldError, ValueError):
+    """A JSON schema or tool that output cannot be constrained to: invalid, unsupported, impossible or too large."""

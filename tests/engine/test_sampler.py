@@ -17,7 +17,6 @@ from transformers import (
 
 from kvfold.engine.params import SamplingParams
 from kvfold.engine.sampler import RowState, SampledTokens, Sampler
-from kvfold.errors import ModelError
 
 VOCAB = 50
 Array = npt.NDArray[np.float64]
@@ -216,11 +215,16 @@ def test_logit_bias_and_min_tokens() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_refused(value: float, temperature: float) -> None:
-    logits = random_logits(2)
+def test_logits_that_are_not_finite_concern_their_row_alone(value: float, temperature: float) -> None:
+    logits = random_logits(3)
+    rows = [row(temperature=temperature, seed=1, logprobs=0) for _ in range(3)]
+    good = sample(logits, *rows)
     logits[1] = value
-    with pytest.raises(ModelError, match="not finite"):
-        sample(logits, row(temperature=temperature), row(temperature=temperature))
+    found = sample(logits, *rows)
+    assert "not finite" in (found.errors[1] or "")
+    assert found.token_ids[1] is found.logprobs[1] is None
+    assert [found.errors[i] for i in (0, 2)] == [None, None]
+    assert [found.token_ids[i] for i in (0, 2)] == [good.token_ids[i] for i in (0, 2)]
 
 
 def test_logprobs_are_of_the_untouched_logits() -> None:

@@ -74,7 +74,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule()
     def evict(self) -> None:
-        assert self.index.evict() == bool(self.model)
+        assert bool(self.index.evict()) == bool(self.model)
         if self.model:
             self.model.popitem(last=False)
 

@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from kvfold import __version__
-from kvfold.cli import calibrate, demo, evaluate, generate, info
+from kvfold.cli import bench, calibrate, demo, evaluate, generate, info, serve
 from kvfold.errors import KvfoldError
 
 USER_ERROR = 2
@@ -29,7 +29,9 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
 app.command("info")(info.info)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NoReturn
 
 from kvfold.config.expression import CONSTANTS, MAX_DIGITS, NAME, MethodCall, MethodExpression, Value
@@ -31,6 +32,28 @@ def parse_method(text: str) -> MethodExpression:
     if not text.strip():
         raise ConfigError("The KV method is empty: use 'none' for the dense cache or, say, 'zeroc(bits=4)'.")
     return _Parser(text).expression()
+
+
+def list_methods(kv: str | Sequence[str]) -> list[str]:
+    """One method or several, each once. Raises ConfigError where there is none."""
+    methods = [kv] if isinstance(kv, str) else list(dict.fromkeys(kv)) if isinstance(kv, list | tuple) else []
+    if not methods:
+        raise ConfigError(f"kv={kv!r} names no method; give 'none' or, say, 'zeroc(bits=4)'")
+    return methods
+
+
+def choose_method(methods: Sequence[str], kv: str | None) -> int:
+    """The index in `methods` of the one that `kv` names, however it is spaced; None is the first.
+
+    Raises ConfigError where it is not among them.
+    """
+    if kv is None:
+        return 0
+    wanted = parse_method(kv)
+    for index, method in enumerate(methods):
+        if parse_method(method) == wanted:
+            return index
+    raise ConfigError(f"kv={kv!r} is not among the methods loaded; choose one of: {', '.join(methods)}")
 
 
 class _Parser:

@@ -3,7 +3,8 @@
 import itertools
 import time
 from collections.abc import Sequence as Seq
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from kvfold.attention.base import AttentionBackend
 from kvfold.attention.reference import ReferenceBackend
@@ -18,8 +19,12 @@ from kvfold.engine.runner import Runner, StepResult
 from kvfold.engine.sampler import Sampler
 from kvfold.engine.scheduler import Scheduler
 from kvfold.engine.sequence import Request, Sequence
+from kvfold.engine.stats import EngineStats, PoolMap, collect_stats, map_pool
 from kvfold.errors import PromptError
 from kvfold.model.decoder import Decoder
+
+if TYPE_CHECKING:  # xgrammar is read with the first grammar
+    from kvfold.engine.grammar_state import GrammarReader
 
 
 class Engine:
@@ -43,7 +48,9 @@ class Engine:
         self._sampler = Sampler()
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
-        self.processed_tokens = 0  # prompt tokens computed and tokens generated, ever
+        # Totals since the start; a prompt that is computed again after preemption counts again.
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -57,10 +64,13 @@ class Engine:
         prompt: str | None = None,
         lane: int = 0,
         request_id: str | None = None,
+        grammar: bytes | None = None,
     ) -> str:
         """Queues a request and returns its id.
 
-        Raises PromptError or MemoryLimitError for a prompt that can never be served.
+        grammar: from a `GrammarCompiler` of this model; each completion must follow it.
+        Raises PromptError or MemoryLimitError for a prompt that can never be served, GrammarError for bytes that
+        are no grammar.
         """
         request_id = request_id if request_id is not None else str(next(self._ids))
         if request_id in self._requests:
@@ -84,12 +94,19 @@ class Engine:
                 request_id=request_id,
                 index=index,
                 engine_seed=self._config.seed,
+                grammar=None if grammar is None else self._grammars.start(grammar),
             )
             request.sequences.append(Sequence(request, row, Detokenizer(self._tokenizer, params), output, limit))
         self._requests[request_id] = request
         # The others of n sequences join when the first one has computed the prompt.
         self.scheduler.add(request.sequences[0])
         return request_id
+
+    @cached_property
+    def _grammars(self) -> "GrammarReader":
+        from kvfold.engine.grammar_state import GrammarReader
+
+        return GrammarReader(self._tokenizer, self._spec.vocab, self._spec.eos_token_ids)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Cancels a request and frees its pages; None where there is no such request."""
@@ -106,10 +123,10 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
+        self.prompt_tokens += sum(s.prompt_count for s in scheduled)
         result = self._runner.run(scheduled)
         self._collect_prompt_logprobs(result)
         self._snapshot([s.sequence for s in scheduled])
-        self.processed_tokens += sum(s.count for s in scheduled)
         changed = self._sample(result)
         for request in changed:
             if request.finished:
@@ -117,6 +134,16 @@ class Engine:
         if not self._requests:
             self.check_integrity()
         return [self._output(request) for request in changed]
+
+    def stats(self) -> EngineStats:
+        """What runs and waits now, the pages in use, and totals since the start."""
+        labels = [lane.label for lane in self.lanes]
+        dense = 2 * self._spec.kv_elements
+        return collect_stats(labels, self.scheduler, self.memory, dense, self.prompt_tokens, self.generated_tokens)
+
+    def pool_map(self) -> PoolMap:
+        """Which method holds which part of the page pool."""
+        return map_pool(self.scheduler, self.memory)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless tables, snapshots and pool agree about every page."""
@@ -130,10 +157,11 @@ class Engine:
             request.prompt_logprobs += values.as_dicts()
 
     def _snapshot(self, sequences: list[Sequence]) -> None:
-        """Keeps the state of prompts at block boundaries for later requests with the same beginning."""
+        """Keeps the state of prompts, at block boundaries and at their end, for requests with the same beginning:
+        the next turn of a conversation begins with this one's prompt, whatever becomes of the answer's tokens."""
         for sequence in sequences:
-            block, computed = self._config.prefix_block, sequence.computed
-            if computed % block == 0 and computed <= len(sequence.request.prompt_token_ids):
+            computed, prompt = sequence.computed, len(sequence.request.prompt_token_ids)
+            if computed == prompt or (computed % self._config.prefix_block == 0 and computed < prompt):
                 self._remember(sequence)
 
     def _remember(self, sequence: Sequence) -> None:
@@ -154,9 +182,13 @@ class Engine:
             return []
         sampled = self._sampler.sample(result.logits[rows], [s.row for s in sequences])
         now = time.monotonic()
-        for sequence, token, logprobs in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
-            sequence.request.metrics.first_token_time = sequence.request.metrics.first_token_time or now
-            self._append(sequence, token, logprobs)
+        for index, sequence in enumerate(sequences):
+            token = sampled.token_ids[index]
+            if token is None:
+                self._fail(sequence.request, sampled.errors[index])
+            elif not sequence.output.finished:  # as it is where another completion of its request failed
+                sequence.request.metrics.first_token_time = sequence.request.metrics.first_token_time or now
+                self._append(sequence, token, sampled.logprobs[index])
         return list(dict.fromkeys(s.request for s in sequences))
 
     def _fork(self, first: Sequence) -> list[Sequence]:
@@ -169,10 +201,12 @@ class Engine:
     def _append(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
         output, params = sequence.output, sequence.request.params
         output.token_ids.append(token)
+        self.generated_tokens += 1
         if logprobs is not None and output.logprobs is not None:
             output.logprobs.append(logprobs)
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs[token].logprob
-        ends = token in sequence.row.stop_ids and len(output.token_ids) >= params.min_tokens
+        complete = sequence.row.grammar_ended
+        ends = token in sequence.row.stop_ids and (complete or len(output.token_ids) >= params.min_tokens)
         if not ends:
             sequence.detokenizer.push(token)
         stopped_by = sequence.detokenizer.stopped_by
@@ -180,10 +214,18 @@ class Engine:
             self._finish(sequence, "stop", token if token in params.stop_ids else None)
         elif stopped_by is not None:
             self._finish(sequence, "stop", stopped_by)
+        elif complete:
+            self._finish(sequence, "stop", None)
         elif len(sequence) >= sequence.limit:
             self._finish(sequence, "length", None)
         else:
             output.text = sequence.detokenizer.text
+
+    def _fail(self, request: Request, reason: str | None) -> None:
+        """Ends a request that cannot go on, with all its completions that are not finished."""
+        for sequence in request.sequences:
+            if not sequence.output.finished:
+                self._finish(sequence, "error", reason)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
         output = sequence.output
@@ -193,18 +235,17 @@ class Engine:
         sequence.request.metrics.finished_time = time.monotonic()
         if sequence.tables is not None:
             sequence.kv_bytes, sequence.kv_tokens = sequence.tables.nbytes, sequence.computed
-            if reason != "abort":
+            if reason in ("stop", "length"):
                 self._remember(sequence)
         self.scheduler.release(sequence)
 
     def _output(self, request: Request) -> RequestOutput:
-        spec = self._spec
         bytes_, tokens = 0, 0
         for sequence in request.sequences:
             running = sequence.tables is not None
             bytes_ += sequence.held.nbytes if running else sequence.kv_bytes
             tokens += sequence.computed if running else sequence.kv_tokens
-        elements = tokens * spec.n_layers * spec.kv_heads * spec.head_dim * 2
+        elements = tokens * self._spec.kv_elements
         return RequestOutput(
             request.id,
             request.prompt,

@@ -2,22 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kvfold.attention.base import AttentionBackend
 from kvfold.calibration.run import find_artifact
 from kvfold.config.engine import EngineConfig
+from kvfold.config.method import choose_method, list_methods
 from kvfold.config.progress import SILENT, Progress
 from kvfold.config.size import parse_bytes
 from kvfold.engine.engine import Engine
 from kvfold.engine.lane import MethodLane, build_lane
 from kvfold.engine.outputs import RequestOutput
 from kvfold.engine.params import SamplingParams
-from kvfold.engine.prompts import Messages, Prompt, encode, list_conversations, list_prompts, tokenize
+from kvfold.engine.prompts import Messages, Prompt, encode, list_conversations, list_prompts, render_chat, tokenize
 from kvfold.engine.search import Trial, search_bits
-from kvfold.errors import ConfigError, PromptError
+from kvfold.errors import ConfigError, ModelError, PromptError
 from kvfold.methods.registry import build_codec
 from kvfold.methods.zeroc import ZeroC
 from kvfold.model.loading import LoadedModel, load_model
@@ -26,8 +26,9 @@ from kvfold.model.loading import LoadedModel, load_model
 class LLM:
     """A model with its KV cache, ready to generate.
 
-    model: alias, directory, hub id or GGUF file. kv: the method, such as "none" or "zeroc(bits=4)"; methods that
-    need a calibration find the model's own in the user's cache (made on first use), or take `calibration`.
+    model: alias, directory, hub id or GGUF file. kv: the method, such as "none" or "zeroc(bits=4)", or several to
+    choose from per call, the first being the default; methods that need a calibration find the model's own in the
+    user's cache (made on first use), or take `calibration`.
     kv_memory: bytes or a size such as "1GiB". dtype: of weights and activations; "auto" is bfloat16 where the
     processor computes in it and float32 elsewhere. kv_dtype: of uncompressed keys and values; "auto" is float32
     where dtype="float32" is asked for and bfloat16 otherwise. chunk: prompt tokens of one request per step.
@@ -40,7 +41,7 @@ class LLM:
         self,
         model: str | Path = "smollm2-135m",
         *,
-        kv: str = "none",
+        kv: str | Sequence[str] = "none",
         kv_memory: int | str = "1GiB",
         dtype: str = "auto",
         kv_dtype: str = "auto",
@@ -48,13 +49,18 @@ class LLM:
         calibration: Path | str | None = None,
         chunk: int = 512,
         max_batch_tokens: int = 2048,
+        max_sequences: int = 256,
         prefix_caching: bool = True,
         threads: int | None = None,
         backend: AttentionBackend | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        config = EngineConfig(parse_bytes(kv_memory), chunk, max_batch_tokens, prefix_caching=prefix_caching, seed=seed)
-        build_codec(kv)  # a misspelt method fails before the model is loaded
+        config = EngineConfig(
+            parse_bytes(kv_memory), chunk, max_batch_tokens, max_sequences, prefix_caching=prefix_caching, seed=seed
+        )
+        methods = list_methods(kv)
+        for method in methods:
+            build_codec(method)  # a misspelt method fails before the model is loaded
         if threads is not None:
             if not isinstance(threads, int) or threads < 1:
                 raise ConfigError(f"threads={threads!r} is out of range; give a positive integer")
@@ -62,18 +68,20 @@ class LLM:
         compute, raw_bits = resolve_dtypes(dtype, kv_dtype)
         self.model = load_model(model, dtype=compute, progress=progress)
         path = None if calibration is None else Path(calibration)
-        lane, self.curve = prepare_lane(self.model, kv, raw_bits, path, progress)
-        self.kv = lane.label
-        self.engine = Engine(self.model.decoder, self.model.tokenizer, [lane], config, backend)
+        prepared = [prepare_lane(self.model, method, raw_bits, path, progress) for method in methods]
+        self.methods = methods
+        self.curve = [trial for _, curve in prepared for trial in curve]
+        self.engine = Engine(self.model.decoder, self.model.tokenizer, [lane for lane, _ in prepared], config, backend)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        kv: str | None = None,
         progress: Progress = SILENT,
     ) -> list[RequestOutput]:
-        """Completes prompts as one batch, in order.
+        """Completes prompts as one batch, in order, with the method `kv` of this model's (None: the first).
 
         prompts: texts, lists of token ids, {"prompt": text} or {"prompt_token_ids": ids}. params: one for all
         prompts or one for each. A prompt that cannot be served raises before any work.
@@ -88,48 +96,50 @@ class LLM:
         for own in each:
             if not isinstance(own, SamplingParams):
                 raise ConfigError(f"params={own!r} is not allowed; give SamplingParams(...), one or a list of them")
-        return self._run([tokenize(self.model.tokenizer, p) for p in listed], each, progress)
+        return self._run(
+            [tokenize(self.model.tokenizer, p) for p in listed], each, choose_method(self.methods, kv), progress
+        )
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        kv: str | None = None,
         progress: Progress = SILENT,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or several, rendered with the model's chat template."""
-        conversations = list_conversations(messages)
-        tokenizer: Any = self.model.tokenizer
-        if tokenizer.chat_template is None:
-            raise PromptError("the model has no chat template; use generate with a plain prompt")
-        prompts: list[Prompt] = []
-        for conversation in conversations:
-            try:
-                text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # templates are programs of the model's and raise anything
-                raise PromptError(
-                    f"the chat template refuses the messages ({error}); check roles and contents"
-                ) from error
-            prompts.append({"prompt_token_ids": encode(tokenizer, text, add_special_tokens=False)})
-        return self.generate(prompts, params, progress=progress)
+        """Answers one conversation, or several, rendered with the model's chat template; `kv` as in `generate`."""
+        tokenizer = self.model.tokenizer
+        texts = [render_chat(tokenizer, conversation) for conversation in list_conversations(messages)]
+        prompts: list[Prompt] = [
+            {"prompt_token_ids": encode(tokenizer, text, add_special_tokens=False)} for text in texts
+        ]
+        return self.generate(prompts, params, kv=kv, progress=progress)
 
     def _run(
-        self, prompts: list[tuple[str | None, list[int]]], params: list[SamplingParams], progress: Progress
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        params: list[SamplingParams],
+        lane: int,
+        progress: Progress,
     ) -> list[RequestOutput]:
         engine = self.engine
         ids: list[str] = []
         done: dict[str, RequestOutput] = {}
         try:
             for (prompt, token_ids), each in zip(prompts, params, strict=True):
-                ids.append(engine.add_request(token_ids, each, prompt=prompt))
+                ids.append(engine.add_request(token_ids, each, prompt=prompt, lane=lane))
             work = sum(len(token_ids) for _, token_ids in prompts)
             with progress.task("generating", work + sum((p.max_tokens or 0) * p.n for p in params)) as advance:
                 before = 0
                 while engine.has_unfinished:
                     for output in engine.step():
+                        failed = next((c for c in output.outputs if c.finish_reason == "error"), None)
+                        if failed is not None:
+                            raise ModelError(str(failed.stop_reason))
                         if output.finished:
                             done[output.request_id] = output
-                    after = engine.processed_tokens
+                    after = engine.prompt_tokens + engine.generated_tokens
                     advance(after - before)
                     before = after
         finally:

@@ -21,6 +21,7 @@ class KVMemory:
         self.layouts = list(layouts)
         self.pool = PagePool(kv_memory // page_bytes, page_bytes)
         self.prefixes = [PrefixIndex(self.pool) for _ in layouts]
+        self.evicted_tokens = 0  # of snapshots dropped to make room, ever
         self._chunk = chunk
 
     def pages(self, lane: int, length: int) -> int:
@@ -50,8 +51,10 @@ class KVMemory:
             try:
                 tables.reserve(self.pool, length)
             except PoolExhausted:
-                if not any(index.evict() for index in self.prefixes):
+                evicted = next(filter(None, (index.evict() for index in self.prefixes)), 0)
+                if not evicted:
                     return False
+                self.evicted_tokens += evicted
             else:
                 return True
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
-"""`stop`: end of sequence, stop id or string; `length`: max_tokens or model limit; `abort`: cancelled."""
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""`stop`: end of sequence, stop id or string, complete grammar; `length`: max_tokens or model limit; `abort`:
+cancelled; `error`: no token could be chosen, `stop_reason` says why."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class CompletionOutput:
     """One of a request's `n` completions, as far as it has been generated.
 
     `logprobs` has one mapping from token id per generated token: the sampled token first, then the most
-    likely ones. `stop_reason` is the stop string or stop token id that ended it, None for end of sequence.
+    likely ones. `stop_reason` is the stop string or stop token id that ended it, None for end of sequence; after an
+    `error` the sentence that says what went wrong.
     """
 
     index: int = 0

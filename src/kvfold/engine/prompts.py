@@ -53,6 +53,21 @@ def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
     return ids
 
 
+def render_chat(tokenizer: Any, messages: Messages, **variables: Any) -> str:
+    """A conversation as the model's chat template writes it, ending where the answer begins.
+
+    variables: what else the template may use, such as `tools`. Raises PromptError where there is no template or
+    it refuses.
+    """
+    if tokenizer.chat_template is None:
+        raise PromptError("the model has no chat template; use a plain prompt")
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+    except Exception as error:  # templates are programs of the model's and raise anything
+        raise PromptError(f"the chat template refuses the messages ({error}); check roles and contents") from error
+    return text
+
+
 def list_conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
     """One conversation or several, as a list. Raises PromptError for anything but lists of messages with a role."""
     given: Any = messages

@@ -3,10 +3,14 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvfold.engine.params import SamplingParams
+
+if TYPE_CHECKING:  # xgrammar is read only where a request has a grammar
+    from kvfold.engine.grammar_state import GrammarState
 
 
 @dataclass
@@ -22,7 +26,8 @@ class RowState:
         output_token_ids: tokens generated so far. The engine's own list: the engine appends to it after each
             step, the sampler only reads it.
         stop_ids: token ids that would end the sequence, masked until `min_tokens` are generated.
-        draw_key: what seeds the draws, from `draw_key()`.
+        draw_key: what seeds the draws.
+        grammar: where the sequence stands in the grammar it must follow; None where it is free.
     """
 
     params: SamplingParams
@@ -30,6 +35,7 @@ class RowState:
     output_token_ids: list[int]
     stop_ids: frozenset[int]
     draw_key: bytes
+    grammar: "GrammarState | None" = None
     _prompt_seen: torch.Tensor | None = field(default=None, init=False, repr=False)
     _output_counts: torch.Tensor | None = field(default=None, init=False, repr=False)
     _counted: int = field(default=0, init=False, repr=False)
@@ -45,6 +51,7 @@ class RowState:
         request_id: str = "",
         index: int = 0,
         engine_seed: int = 0,
+        grammar: "GrammarState | None" = None,
     ) -> "RowState":
         """State of completion `index` of a request; with `params.seed` set, `request_id` does not matter."""
         eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
@@ -55,12 +62,31 @@ class RowState:
             output_token_ids=[] if output_token_ids is None else output_token_ids,
             stop_ids=eos | params.stop_ids,
             draw_key=hashlib.blake2b(f"{source}:{index}".encode(), digest_size=16).digest(),
+            grammar=grammar,
         )
 
     @property
     def below_min_tokens(self) -> bool:
         """True while the sequence must not end yet."""
         return len(self.output_token_ids) < self.params.min_tokens
+
+    @property
+    def grammar_ended(self) -> bool:
+        """True where the output so far is complete and its grammar lets nothing follow."""
+        if self.grammar is None:
+            return False
+        self.grammar.follow(self.output_token_ids)
+        return self.grammar.ended
+
+    def grammar_mask(self) -> torch.Tensor | None:
+        """Tokens that the grammar lets follow now, a bit each: int32 [ceil(V / 32)] on the CPU; None without one.
+
+        Tokens that may not end the sequence are left out as long as there are others.
+        """
+        if self.grammar is None:
+            return None
+        self.grammar.follow(self.output_token_ids)
+        return self.grammar.allowed(self.stop_ids if self.below_min_tokens else (), eos=not self.params.ignore_eos)
 
     def uniform(self) -> float:
         """The draw for the next token, uniform in [0, 1): a counter-based generator, so it has no state."""

@@ -1,6 +1,6 @@
 """From logits to tokens: each row by its own request's parameters, all rows at once.
 
-The order of operations is vLLM's: logit bias, mask until `min_tokens`, penalties (repetition over prompt and
+The order of operations is vLLM's: logit bias, mask until `min_tokens`, grammar, penalties (repetition over prompt and
 output; frequency and presence over the output), then either the most likely token (greedy), or temperature,
 min-p, top-k, top-p and one draw. Log-probabilities are those of the untouched logits.
 """
@@ -15,19 +15,26 @@ from kvfold.engine.logprobs import TokenLogprobs, token_logprobs
 from kvfold.engine.outputs import Logprob
 from kvfold.engine.params import SamplingParams
 from kvfold.engine.row_state import RowState
-from kvfold.errors import ModelError
 
 __all__ = ["RowState", "SampledTokens", "Sampler", "TokenLogprobs", "token_logprobs"]
 
+_UNCHOOSABLE = (
+    "The model gave logits that are not finite, or every token is masked: "
+    'load the model with dtype="float32" or ease the grammar, logit_bias, min_tokens and stop_token_ids.'
+)
 _DRAW_ELEMENTS = 1 << 24
 """Logits drawn from at a time: bounds the float64 temporaries to a few times 128 MiB."""
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """One new token per row; `logprobs[row]` is None where the request did not ask for any."""
+    """One new token per row, None where none could be chosen: then `errors[row]` says why.
 
-    token_ids: list[int]
+    `logprobs[row]` is None where the request did not ask for any.
+    """
+
+    token_ids: list[int | None]
+    errors: list[str | None]
     logprobs: list[dict[int, Logprob] | None]
 
 
@@ -42,26 +49,26 @@ class Sampler:
             logits: [N, V] float32, unchanged on return.
             rows: N states; their `output_token_ids` are read, not appended to.
 
-        Raises:
-            ModelError: a row's logits are not finite, so that no token can be chosen.
+        A row that no token can be chosen for (its logits are not finite, or its grammar allows none) does not
+        concern the others.
         """
         if logits.shape[0] != len(rows):
             raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} sequences")
         if not rows:
-            return SampledTokens([], [])
-        adjusted = _penalise(_bias_and_mask(logits, rows), rows)
+            return SampledTokens([], [], [])
+        adjusted = _penalise(_constrain(_bias_and_mask(logits, rows), rows), rows)
         best, token_ids = adjusted.max(dim=-1)
-        if not bool(best.isfinite().all()):
-            raise ModelError(
-                "The model gave logits that are not finite, or every token is masked: "
-                'load the model with dtype="float32" or ease logit_bias, min_tokens and stop_token_ids.'
-            )
-        drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
+        good = best.isfinite().tolist()
+        drawn = [index for index, row in enumerate(rows) if good[index] and not row.params.greedy]
         step = max(1, _DRAW_ELEMENTS // logits.shape[1])
         for first in range(0, len(drawn), step):
             part = drawn[first : first + step]
             token_ids[part] = _draw_rows(adjusted[part], [rows[index] for index in part])
-        return SampledTokens(token_ids.tolist(), _sampled_logprobs(logits, token_ids, rows))
+        return SampledTokens(
+            [token if fine else None for token, fine in zip(token_ids.tolist(), good, strict=True)],
+            [None if fine else _UNCHOOSABLE for fine in good],
+            _sampled_logprobs(logits, token_ids, rows, good),
+        )
 
 
 def _bias_and_mask(logits: torch.Tensor, rows: Sequence[RowState]) -> torch.Tensor:
@@ -69,7 +76,7 @@ def _bias_and_mask(logits: torch.Tensor, rows: Sequence[RowState]) -> torch.Tens
     edits: list[tuple[int, int, float]] = []
     for index, row in enumerate(rows):
         edits += [(index, token_id, bias) for token_id, bias in (row.params.logit_bias or {}).items()]
-        if row.below_min_tokens:
+        if row.below_min_tokens and row.grammar is None:
             edits += [(index, token_id, -torch.inf) for token_id in row.stop_ids]
     if not edits:
         return logits
@@ -77,6 +84,19 @@ def _bias_and_mask(logits: torch.Tensor, rows: Sequence[RowState]) -> torch.Tens
     where = (torch.tensor(at_row, device=logits.device), torch.tensor(at_token, device=logits.device))
     amounts = torch.tensor(amount, dtype=logits.dtype, device=logits.device)
     return logits.index_put(where, amounts, accumulate=True)
+
+
+def _constrain(logits: torch.Tensor, rows: Sequence[RowState]) -> torch.Tensor:
+    """Mask what the grammars of those rows that have one do not allow; a copy only where there is one."""
+    masks = [(index, mask) for index, row in enumerate(rows) if (mask := row.grammar_mask()) is not None]
+    if not masks:
+        return logits
+    indices, bits = [index for index, _ in masks], torch.stack([mask for _, mask in masks]).to(logits.device)
+    places = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = ((bits[:, :, None] >> places) & 1).flatten(1)[:, : logits.shape[1]].bool()
+    result = logits.clone()
+    result[indices] = logits[indices].masked_fill(~allowed, -torch.inf)
+    return result
 
 
 def _penalise(logits: torch.Tensor, rows: Sequence[RowState]) -> torch.Tensor:
@@ -127,10 +147,10 @@ def _filter(
 
 
 def _sampled_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, rows: Sequence[RowState]
+    logits: torch.Tensor, token_ids: torch.Tensor, rows: Sequence[RowState], good: Sequence[bool]
 ) -> list[dict[int, Logprob] | None]:
     result: list[dict[int, Logprob] | None] = [None] * len(rows)
-    asked = [(index, row.params.logprobs) for index, row in enumerate(rows) if row.params.logprobs is not None]
+    asked = [(i, row.params.logprobs) for i, row in enumerate(rows) if row.params.logprobs is not None and good[i]]
     if asked:
         indices, tops = [index for index, _ in asked], [top for _, top in asked]
         entries = token_logprobs(logits[indices], token_ids[indices], max(tops)).as_dicts(tops)

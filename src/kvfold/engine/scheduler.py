@@ -16,6 +16,12 @@ class Scheduled:
     sequence: Sequence
     count: int
 
+    @property
+    def prompt_count(self) -> int:
+        """How many of the tokens are the prompt's."""
+        left = len(self.sequence.request.prompt_token_ids) - self.sequence.computed
+        return max(0, min(self.count, left))
+
 
 class Scheduler:
     """Sequences wait in order of arrival and run in order of arrival. When memory runs out the youngest running
@@ -24,6 +30,10 @@ class Scheduler:
     def __init__(self, config: EngineConfig, memory: KVMemory) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        # Totals since the start.
+        self.preemptions = 0
+        self.prefix_queried_tokens = 0
+        self.prefix_hit_tokens = 0
         self._config = config
         self._memory = memory
 
@@ -90,6 +100,7 @@ class Scheduler:
         sequence.held.release(self._memory.pool)
         sequence.tables = None
         sequence.request.metrics.preemptions += 1
+        self.preemptions += 1
         self.waiting.appendleft(sequence)
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -107,4 +118,6 @@ class Scheduler:
         sequence.tables = tables
         if sequence.request.metrics.first_token_time is None:
             sequence.request.metrics.cached_prompt_tokens = tables.length
+            self.prefix_queried_tokens += len(sequence)
+            self.prefix_hit_tokens += tables.length
         return True

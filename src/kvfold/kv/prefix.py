@@ -46,16 +46,17 @@ class PrefixIndex:
                 return self._entries[digest].fork(self._pool)
         return None
 
-    def evict(self) -> bool:
-        """Drops the least recently used snapshot. Returns False where there is none."""
+    def evict(self) -> int:
+        """Drops the least recently used snapshot. Returns how many tokens it had, 0 where there is none."""
         if not self._entries:
-            return False
+            return 0
         _, tables = self._entries.popitem(last=False)
-        self._lengths[tables.length] -= 1
-        if not self._lengths[tables.length]:
-            del self._lengths[tables.length]
+        length = tables.length
+        self._lengths[length] -= 1
+        if not self._lengths[length]:
+            del self._lengths[length]
         tables.release(self._pool)
-        return True
+        return length
 
     def clear(self) -> None:
         while self.evict():

@@ -77,6 +77,11 @@ class ModelSpec:
         return len(self.layer_specs)
 
     @property
+    def kv_elements(self) -> int:
+        """Numbers that the cache holds for a token: its keys and values in all layers."""
+        return 2 * self.n_layers * self.kv_heads * self.head_dim
+
+    @property
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads

@@ -1,0 +1,87 @@
+"""Whether a server's memory grows: clients ask for some minutes, and its resident memory is read every second.
+
+    python benchmarks/serving_memory.py [--clients 64] [--minutes 5] [--kv-memory 64MiB] [--kv METHOD ...]
+
+Prints one JSON object: resident bytes (MiB) of both processes together after the first minute and at the end, and the
+growth from one to the other. The KV pool is small, so that prefix snapshots fill it within the first minute: the
+operating system gives a pool's memory page by page as it is first written.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+
+SETTLE = 10  # seconds that each reading is a median of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--kv-memory", default="64MiB")
+    parser.add_argument("--kv", action="append")
+    options = parser.parse_args()
+    methods = options.kv or ["none", "zeroc(bits=4)"]
+    command = [str(Path(sys.executable).with_name("kvfold")), "serve", "--port", "0", "--kv-memory", options.kv_memory]
+    for method in methods:
+        command += ["--kv", method]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        url = next(found[1] for line in server.stderr if (found := re.search(r"ready on (http://\S+)", line)))
+        requests, readings = asyncio.run(load(url, methods, options, psutil.Process(server.pid)))
+    finally:
+        server.terminate()
+    after_minute = statistics.median(rss for at, rss in readings if 60 <= at < 60 + SETTLE)
+    end = statistics.median(rss for at, rss in readings if at >= readings[-1][0] - SETTLE)
+    shown = {"requests": requests, "after_a_minute": after_minute, "at_the_end": end, "growth": end / after_minute - 1}
+    print(json.dumps({"settings": vars(options), **shown}, indent=2))
+
+
+async def load(
+    url: str, methods: list[str], options: argparse.Namespace, server: psutil.Process
+) -> tuple[int, list[tuple[float, float]]]:
+    """How many requests were answered, and (seconds since the start, resident MiB) once a second."""
+    began, done = time.monotonic(), 0
+    end = began + 60 * options.minutes
+    readings: list[tuple[float, float]] = []
+
+    async def one_client(client: httpx.AsyncClient, seed: int) -> None:
+        nonlocal done
+        generator = random.Random(seed)
+        while time.monotonic() < end:
+            prompt = [generator.randrange(100, 40_000) for _ in range(generator.randint(1, 96))]
+            body = {"prompt": prompt, "max_tokens": generator.randint(1, 24), "kv": generator.choice(methods)}
+            if generator.random() < 0.5:
+                (await client.post("/v1/completions", json=body)).raise_for_status()
+            else:
+                async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+                    async for _ in response.aiter_lines():
+                        if generator.random() < 0.02:
+                            break  # and leave
+            done += 1
+
+    async def watch() -> None:
+        while time.monotonic() < end:
+            processes = [server, *server.children()]
+            readings.append((time.monotonic() - began, sum(p.memory_info().rss for p in processes) / 2**20))
+            await asyncio.sleep(1)
+
+    limits = httpx.Limits(max_connections=options.clients)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
+        await asyncio.gather(watch(), *(one_client(client, seed) for seed in range(options.clients)))
+    return done, readings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The engine process: `python -m kvfold.server.engine_process ADDRESS OPTIONS`, started by the API process.
+
+It computes and nothing else. It ends with the API process, and when told to by SIGTERM.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import zmq
+
+from kvfold.config.progress import Advance
+from kvfold.engine.engine import Engine
+from kvfold.engine.llm import LLM
+from kvfold.engine.outputs import CompletionOutput, RequestOutput
+from kvfold.errors import KvfoldError
+from kvfold.server.messages import (
+    Abort,
+    Add,
+    AskPool,
+    Command,
+    Event,
+    Loading,
+    Piece,
+    PoolReport,
+    Ready,
+    Refused,
+    Rejected,
+    StatsReport,
+    Update,
+    decode_command,
+    encode,
+)
+
+STATS_EVERY = 0.25  # seconds between reports while anything changes
+IDLE_POLL = 1000  # milliseconds between looks at whether the API process lives
+
+
+class EngineLoop:
+    """Commands in, steps, events out."""
+
+    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]") -> None:
+        self._engine = engine
+        self._socket = socket
+        self._sent: dict[str, list[_Progress]] = {}
+        self._parent = os.getppid()
+        self._changed = True  # since the last report
+        self._reported = 0.0
+
+    def run(self) -> None:
+        """Returns when the API process is gone."""
+        while os.getppid() == self._parent:
+            if self._engine.has_unfinished:
+                self._changed = True
+                for output in self._engine.step():
+                    self._send(self._update(output))
+            idle = not self._engine.has_unfinished
+            if self._changed and (idle or time.monotonic() - self._reported > STATS_EVERY):
+                self._send(StatsReport(self._engine.stats()))
+                self._reported, self._changed = time.monotonic(), False
+            self._receive(wait=idle)
+
+    def _receive(self, wait: bool) -> None:
+        """Handles every command that is there; with `wait`, waits a while for the first."""
+        timeout = IDLE_POLL if wait else 0
+        while self._socket.poll(timeout):
+            self._handle(decode_command(self._socket.recv()))
+            timeout = 0
+
+    def _handle(self, command: Command) -> None:
+        match command:
+            case Add():
+                self._add(command)
+            case Abort():
+                self._engine.abort(command.id)
+                self._sent.pop(command.id, None)
+                self._changed = True
+            case AskPool():
+                self._send(PoolReport(self._engine.pool_map()))
+
+    def _add(self, add: Add) -> None:
+        try:
+            self._engine.add_request(
+                add.prompt_token_ids, add.params, lane=add.lane, request_id=add.id, grammar=add.grammar
+            )
+        except KvfoldError as error:
+            self._send(Rejected(add.id, type(error).__name__, str(error)))
+            return
+        self._sent[add.id] = [_Progress() for _ in range(add.params.n)]
+
+    def _update(self, output: RequestOutput) -> Update:
+        sent = self._sent[output.request_id]
+        pieces = [p for progress, o in zip(sent, output.outputs, strict=True) if (p := progress.piece(o))]
+        if not output.finished:
+            return Update(output.request_id, pieces)
+        del self._sent[output.request_id]
+        cached = output.metrics.cached_prompt_tokens
+        return Update(output.request_id, pieces, True, output.kv, output.prompt_logprobs, cached)
+
+    def _send(self, event: Event) -> None:
+        self._socket.send(encode(event))
+
+
+class _Progress:
+    """How much of one completion was sent."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self.tokens = 0
+        self.finished = False
+
+    def piece(self, output: CompletionOutput) -> Piece | None:
+        """What is new since the last piece, None where nothing is."""
+        if self.finished or (len(output.token_ids) == self.tokens and not output.finished):
+            return None
+        piece = Piece(
+            output.index,
+            output.text[self.characters :],
+            output.token_ids[self.tokens :],
+            None if output.logprobs is None else output.logprobs[self.tokens :],
+            output.finish_reason,
+            output.stop_reason,
+        )
+        self.characters, self.tokens, self.finished = len(output.text), len(output.token_ids), output.finished
+        return piece
+
+
+class _SentProgress:
+    """Tells the API process what long work is being done before the engine is ready."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
+        self._socket = socket
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
+        """See `kvfold.config.progress.Progress.task`."""
+        self._socket.send(encode(Loading(description)))
+
+        def advance(n: int = 1) -> None:
+            pass
+
+        yield advance
+
+
+def run_engine(address: str, options: dict[str, Any]) -> None:
+    """Loads the model and serves until the API process is gone. options: the arguments of `LLM`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the API process decides what an interrupt means
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(address)
+    try:
+        llm = LLM(**options, progress=_SentProgress(socket))
+    except KvfoldError as error:
+        socket.send(encode(Refused(str(error))))
+        socket.close(linger=1000)
+        context.term()
+        return
+    spec, memory = llm.model.spec, llm.engine.memory
+    longest = tuple(memory.longest(lane, spec.max_positions) for lane in range(len(llm.engine.lanes)))
+    path = str(llm.model.path)
+    socket.send(encode(Ready(path, spec.max_positions, spec.vocab, spec.eos_token_ids, longest)))
+    EngineLoop(llm.engine, socket).run()
+
+
+if __name__ == "__main__":
+    run_engine(sys.argv[1], json.loads(sys.argv[2]))

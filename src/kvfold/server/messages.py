@@ -1,0 +1,138 @@
+"""What the API process and the engine process tell each other: msgpack over one pair of sockets."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from kvfold.engine.outputs import FinishReason, KVUsage, Logprob
+from kvfold.engine.params import SamplingParams
+from kvfold.engine.stats import EngineStats, PoolMap
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine process loads and how it runs: the arguments of `kvfold.LLM`."""
+
+    model: str = "smollm2-135m"
+    kv: tuple[str, ...] = ("none",)
+    kv_memory: int = 2**30
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    seed: int = 0
+    calibration: str | None = None
+    chunk: int = 256
+    max_batch_tokens: int = 512
+    max_sequences: int = 256
+    prefix_caching: bool = True
+    threads: int | None = None
+
+
+class Add(msgspec.Struct, tag=True, frozen=True):
+    """A request for the lane `lane`; grammar: a compiled one that every completion must follow."""
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    lane: int
+    grammar: bytes | None = None
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """Forget a request; unknown ids (it ended meanwhile) mean nothing."""
+
+    id: str
+
+
+class AskPool(msgspec.Struct, tag=True, frozen=True):
+    """Send a PoolReport."""
+
+
+Command = Add | Abort | AskPool
+
+
+class Loading(msgspec.Struct, tag=True, frozen=True):
+    """The engine process lives; what it does before it is ready."""
+
+    what: str
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The model is loaded. path: its directory; max_positions: tokens of its longest sequence; longest: tokens of
+    the longest sequence that the KV memory can hold, for each lane."""
+
+    path: str
+    max_positions: int
+    vocab: int
+    eos_token_ids: tuple[int, ...]
+    longest: tuple[int, ...]
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """The engine process cannot start, for a reason the user can do something about."""
+
+    message: str
+
+
+class Rejected(msgspec.Struct, tag=True, frozen=True):
+    """A request that can never be served. error: the name of its class in `kvfold.errors`."""
+
+    id: str
+    error: str
+    message: str
+
+
+class Piece(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """What one completion of a request gained in a step."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class Update(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """What a request gained in a step; `kv` and what follows only with its end."""
+
+    id: str
+    pieces: list[Piece]
+    finished: bool = False
+    kv: KVUsage | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    cached_prompt_tokens: int = 0
+
+
+class StatsReport(msgspec.Struct, tag=True, frozen=True):
+    """Sent every fraction of a second while anything changes."""
+
+    stats: EngineStats
+
+
+class PoolReport(msgspec.Struct, tag=True, frozen=True):
+    """The answer to AskPool."""
+
+    pool: PoolMap
+
+
+Event = Loading | Ready | Refused | Rejected | Update | StatsReport | PoolReport
+
+_encoder = msgspec.msgpack.Encoder()
+_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_events: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+def encode(message: Any) -> bytes:
+    """A command or event as bytes."""
+    return _encoder.encode(message)
+
+
+def decode_command(data: bytes) -> Command:
+    """Raises msgspec.ValidationError for anything else."""
+    return _commands.decode(data)
+
+
+def decode_event(data: bytes) -> Event:
+    """Raises msgspec.ValidationError for anything else."""
+    return _events.decode(data)

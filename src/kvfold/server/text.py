@@ -1,0 +1,81 @@
+"""The tokenizer as the API process uses it: in threads, so that a long prompt holds nobody else up."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfold.engine.prompts import encode
+from kvfold.errors import GrammarError, PromptError
+from kvfold.model.loading import load_tokenizer
+from kvfold.server.messages import Ready
+
+if TYPE_CHECKING:  # xgrammar is read with the first grammar
+    from kvfold.engine.grammar import GrammarCompiler
+
+COMPILE_SECONDS = 20.0
+
+
+class Text:
+    """Texts to token ids, and token ids to the texts of single tokens."""
+
+    def __init__(self, ready: Ready) -> None:
+        self.tokenizer: Any = load_tokenizer(Path(ready.path))
+        self._byte_level = "ByteLevel" in repr(getattr(self.tokenizer.backend_tokenizer, "decoder", None))
+        self.token = lru_cache(maxsize=1 << 16)(self._token)
+        self._ready = ready
+        self._most_characters = ready.max_positions * max(map(len, self.tokenizer.get_vocab()))
+        # Grammars are compiled one after the other, so that expensive ones cannot take every core.
+        self._compiling = ThreadPoolExecutor(1, "grammar")
+
+    async def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a prompt; special: with what the tokenizer puts around a plain text.
+
+        Raises PromptError for text that no encoding can hold, and for one that is too long in any case.
+        """
+        return await asyncio.to_thread(self.encode_now, text, special=special)
+
+    def encode_now(self, text: str, *, special: bool) -> list[int]:
+        """As `encode`, in the caller's thread."""
+        if len(text) > self._most_characters:  # not worth the seconds that finding out exactly would take
+            raise PromptError(
+                f"a prompt of {len(text)} characters has more than the {self._ready.max_positions} tokens the model "
+                "takes; shorten it"
+            )
+        return encode(self.tokenizer, text, add_special_tokens=special)
+
+    async def compile(self, work: "Callable[[GrammarCompiler], bytes]") -> bytes:
+        """A grammar for the engine. Raises GrammarError where it is wrong or takes too long."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                return await loop.run_in_executor(self._compiling, lambda: work(self._compiler))
+        except TimeoutError:
+            raise GrammarError(
+                f"compiling the JSON schema takes longer than {COMPILE_SECONDS:g} s; simplify it"
+            ) from None
+
+    @cached_property
+    def _compiler(self) -> "GrammarCompiler":
+        from kvfold.engine.grammar import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self._ready.vocab, self._ready.eos_token_ids)
+
+    def _token(self, token_id: int) -> tuple[str, list[int]]:
+        """One token's text, special or not, and its bytes: a character may be spread over several tokens."""
+        text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        name = self.tokenizer.convert_ids_to_tokens(token_id)
+        known = _byte_of_character()
+        if self._byte_level and name and all(c in known for c in name):
+            return text, [known[c] for c in name]
+        return text, list(text.encode())
+
+
+@lru_cache(maxsize=1)
+def _byte_of_character() -> dict[str, int]:
+    """The bytes that the characters of byte-level tokens stand for (GPT-2's table)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
