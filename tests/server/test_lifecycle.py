@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -28,7 +29,10 @@ class Streaming:
         assert self.begun.wait(60)
 
     def _run(self, url: str, body: dict[str, object]) -> None:
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        with (
+            suppress(httpx.RemoteProtocolError),  # a server that stops at once cuts its streams
+            httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response,
+        ):
             for line in response.iter_lines():
                 self.lines.append(line)
                 self.begun.set()

@@ -17,7 +17,6 @@ from kvfold.server.responses import Choice, Usage, completion_logprobs
 from kvfold.server.service import Service
 from kvfold.server.text import Text
 
-
 MOST_COMPLETIONS = 1024  # of one request
 
 
