@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfold.calibration.quantisers import fit_quantisers
+from kvfold.calibration.quantisers import fit_quantisers, stretched
 from kvfold.methods.allocation import WIDTHS
 
 SAMPLES = 600
@@ -91,3 +91,29 @@ def test_a_constant_dimension_is_stored_as_it_is() -> None:
     assert float(error.max()) < 1e-9
     for i, bits in enumerate(WIDTHS[1:-1], 1):
         torch.testing.assert_close(quantised(x, offset[:, i], step[:, i], bits), x)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "laplace", "skewed"])
+def test_stretched_rows_make_room_for_a_text_that_reaches_further(kind: str) -> None:
+    """Fitted to stretched rows, fine codes lose less of a text that is spread wider, and little of their own."""
+    x = samples(kind)[torch.randperm(SAMPLES)][:, None]
+    wider = x.mean() + 1.5 * (x - x.mean())
+    plain, roomy = fit_quantisers(x), fit_quantisers(stretched(x))
+
+    def lost(rows: Tensor, fitted: tuple[Tensor, Tensor, Tensor], bits: int) -> float:
+        offset, step = (part[:, WIDTHS.index(bits)] for part in fitted[:2])
+        return float((rows - quantised(rows, offset, step, bits)).square().mean())
+
+    for bits in (4, 5, 6, 8):
+        assert lost(wider, roomy, bits) < 0.7 * lost(wider, plain, bits)
+        assert lost(x, roomy, bits) < 4 * lost(x, plain, bits)
+
+
+def test_stretching_moves_rows_away_from_their_mean() -> None:
+    x = 5 + torch.randn(2, 4000, 3)
+    y = stretched(x)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y.mean(-2), x.mean(-2), rtol=0.02, atol=0.02)
+    distance, before = ((z - x.mean(-2, keepdim=True)).abs() for z in (y, x))
+    assert (distance >= 0.999 * before).all()
+    assert (y.std(-2) > 1.1 * x.std(-2)).all()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvfold.errors import CalibrationError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SUFFIX = ".kvfold.safetensors"
 
 

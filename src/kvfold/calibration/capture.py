@@ -14,14 +14,13 @@ from kvfold.model.decoder import Decoder, Lane
 LOGIT_TILE = 512  # tokens whose logits are held at once
 SINKS = 4  # first tokens, never sealed: outliers that must not shape the maps
 NEAR = 136  # recent tokens a query meets exactly: the default window and half a seal unit
-# Shares of a token's weight that do not depend on its cost, for the maps and for the quantisers (docs/performance.md).
-MAP_EVEN, FIT_EVEN = 0.5, 0.1
+FIT_EVEN = 0.1  # share of a token's weight for the quantisers that does not depend on its cost (docs/performance.md)
 MAX_COST = 50.0  # in units of the mean: no token may outweigh all others
 
 
 @dataclass
 class Moments:
-    """Weighted sums over tokens of one kind of row: float64 [L, G, d], [L, G, d, d], and of the weights [L, G]."""
+    """Sums over tokens of one kind of row: float64 [L, G, d] and [L, G, d, d], and how many they were, [L]."""
 
     total: Tensor
     gram: Tensor
@@ -29,21 +28,20 @@ class Moments:
 
     @classmethod
     def zeros(cls, layers: int, heads: int, d: int) -> "Moments":
-        shapes = (layers, heads, d), (layers, heads, d, d), (layers, heads)
+        shapes = (layers, heads, d), (layers, heads, d, d), (layers,)
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
-    def add(self, layer: int, rows: Tensor, weights: Tensor) -> None:
-        """rows: [G, n, d], weights: [G, n]"""
-        weighted = rows * weights[..., None]
-        self.total[layer] += weighted.sum(1)
-        self.gram[layer] += weighted.mT @ rows
-        self.count[layer] += weights.sum(1)
+    def add(self, layer: int, rows: Tensor) -> None:
+        """rows: [G, n, d]"""
+        self.total[layer] += rows.sum(1)
+        self.gram[layer] += rows.mT @ rows
+        self.count[layer] += rows.shape[1]
 
     @property
     def covariance(self) -> Tensor:
         """Of the centred rows, [L, G, d, d]."""
-        mean = self.total / self.count[..., None]
-        return self.gram / self.count[..., None, None] - mean[..., :, None] * mean[..., None, :]
+        mean = self.total / self.count[:, None, None]
+        return self.gram / self.count[:, None, None, None] - mean[..., :, None] * mean[..., None, :]
 
 
 class Capture:
@@ -74,7 +72,7 @@ class Capture:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with torch.no_grad():
                 queries = q[SINKS:].unflatten(1, (-1, spec.group)).permute(1, 2, 0, 3).flatten(1, 2).float()
-                self.query.add(layer, queries, torch.ones(queries.shape[:2]))
+                self.query.add(layer, queries)
             # The first layer's inputs do not depend on anything that needs a gradient: its far use does.
             k, v = k.requires_grad_(), v.requires_grad_()
 
@@ -98,19 +96,21 @@ class Capture:
     def _observe(self, side: str, layer: int, rows: Tensor, gradient: Tensor) -> None:
         """rows: [T, G, d]; gradient: of the loss with respect to their far use, [G, T, d].
 
-        What is measured of rows counts tokens mostly by what an error in them costs: the few tokens that much
-        attention goes to are unlike the many, and it is their error that is seen in the loss.
+        Quantisers are fitted to tokens mostly by what an error in them costs: the few tokens that much attention
+        goes to are unlike the many, and it is their error that is seen in the loss. Maps count all tokens alike:
+        they need far more numbers than a quantiser, and weighting them fits them to the text instead.
         """
         rows, gradient = rows[SINKS:].transpose(0, 1).float(), gradient[:, SINKS:]
         cost = gradient.square().sum(-1)
         cost = cost / cost.mean(1, keepdim=True).clamp(min=1e-30)
         cost = cost.clamp(max=MAX_COST)  # [G, T]
-        self.moments[side].add(layer, rows, MAP_EVEN + (1 - MAP_EVEN) * cost)
+        self.moments[side].add(layer, rows)
         self.gradients[side][layer] += gradient.mT @ gradient / gradient.shape[1]
         weights = FIT_EVEN + (1 - FIT_EVEN) * cost
         picked = torch.multinomial(weights, self._per_window, replacement=True, generator=self._generator)
         self._samples[side][layer].append(rows.gather(1, picked[..., None].expand(-1, -1, rows.shape[-1])))
 
     def sampled(self, side: str) -> Tensor:
-        """Rows to fit quantisers to, float32 [L, G, n, d]: tokens that matter more are there more often."""
-        return torch.stack([torch.cat(layer, 1) for layer in self._samples[side]])
+        """Rows to fit quantisers to, float32 [L, G, n, d], shuffled: tokens that matter more are there more often."""
+        rows = torch.stack([torch.cat(layer, 1) for layer in self._samples[side]])
+        return rows[:, :, torch.randperm(rows.shape[2], generator=self._generator)]

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from kvfold.calibration.capture import Capture
-from kvfold.calibration.quantisers import fit_quantisers
+from kvfold.calibration.quantisers import fit_quantisers, stretched
 from kvfold.methods.maps import stacked_map, weighted_map
-from kvfold.methods.zeroc import FIELDS
+from kvfold.methods.zeroc import FIELDS, SIDES
 from kvfold.model.decoder import Decoder
 
 
@@ -30,12 +30,13 @@ def zeroc_statistics(decoder: Decoder, capture: Capture) -> dict[str, Tensor]:
         "stacked.key": stacked_map(capture.query.gram, key.gram),
         "stacked.value": stacked_map(value.gram),
     }
+    samples = {side: stretched(capture.sampled(side)) for side in SIDES}
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in maps.items():
         side = name.split(".")[1]
         weight = torch.einsum("...ki,...kl,...li->...i", b, capture.gradients[side].double(), b).float()
         # Layer by layer, so that the many passes over the samples stay in the processor's cache.
-        fitted = [fit_quantisers(x @ m) for x, m in zip(capture.sampled(side), a.float(), strict=True)]
+        fitted = [fit_quantisers(x @ m) for x, m in zip(samples[side], a.float(), strict=True)]
         offset, step, error = (torch.stack(part) for part in zip(*fitted, strict=True))
         values = (a.float(), b.float(), offset, step, error, weight)
         tensors |= {f"{name}.{field}": x.contiguous() for field, x in zip(FIELDS, values, strict=True)}
