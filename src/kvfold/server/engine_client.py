@@ -203,8 +203,9 @@ class EngineClient:
                     if not waiter.done():
                         waiter.set_result(event.pool)
             case Loading():
-                log.info("engine: %s", event.what)
-                self.reason = event.what
+                share = "" if event.total is None else f", {event.done} of {event.total}"
+                self.reason = f"{event.what}{share}"
+                log.info("engine: %s", self.reason)
             case Ready():
                 self.ready = event
                 self.on_ready(event)

@@ -139,11 +139,14 @@ class _SentProgress:
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
         """See `kvfold.config.progress.Progress.task`."""
-        self._socket.send(encode(Loading(description)))
+        done = 0
 
         def advance(n: int = 1) -> None:
-            pass
+            nonlocal done
+            done += n
+            self._socket.send(encode(Loading(description, done, total)))
 
+        advance(0)
         yield advance
 
 

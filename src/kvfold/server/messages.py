@@ -52,9 +52,11 @@ Command = Add | Abort | AskPool
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):
-    """The engine process lives; what it does before it is ready."""
+    """What the engine process does before it is ready; `done` of `total` units (None: nobody knows)."""
 
     what: str
+    done: int = 0
+    total: int | None = None
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

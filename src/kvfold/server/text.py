@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.engine.prompts import encode
-from kvfold.errors import GrammarError, PromptError
+from kvfold.errors import GrammarError
 from kvfold.model.loading import load_tokenizer
+from kvfold.server.http_errors import APIError
 from kvfold.server.messages import Ready
 
 if TYPE_CHECKING:  # xgrammar is read with the first grammar
@@ -33,17 +34,17 @@ class Text:
     async def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a prompt; special: with what the tokenizer puts around a plain text.
 
-        Raises PromptError for text that no encoding can hold, and for one that is too long in any case.
+        Raises PromptError for text that no encoding can hold, APIError (400) for one that is too long in any case.
         """
         return await asyncio.to_thread(self.encode_now, text, special=special)
 
     def encode_now(self, text: str, *, special: bool) -> list[int]:
         """As `encode`, in the caller's thread."""
         if len(text) > self._most_characters:  # not worth the seconds that finding out exactly would take
-            raise PromptError(
-                f"a prompt of {len(text)} characters has more than the {self._ready.max_positions} tokens the model "
-                "takes; shorten it"
+            message = (
+                f"the model takes {self._ready.max_positions} tokens, {len(text)} characters are more; shorten them"
             )
+            raise APIError(400, message, code="context_length_exceeded")
         return encode(self.tokenizer, text, add_special_tokens=special)
 
     async def compile(self, work: "Callable[[GrammarCompiler], bytes]") -> bytes:
