@@ -32,5 +32,9 @@ class EngineDiedError(KvfoldError):
     """The engine process ended while it was needed; the server says whether it starts again."""
 
 
+class EngineNotReadyError(KvfoldError):
+    """The engine process is starting, or has failed for good: nothing can be asked of it now."""
+
+
 class GrammarError(KvfoldError, ValueError):
     """A JSON schema or tool that output cannot be constrained to: invalid, unsupported, impossible or too large."""

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvfold.engine.detokenizer import Detokenizer, StopStrings, decode_logprobs
-from kvfold.engine.outputs import Logprob
+from kvfold.engine.detokenizer import Detokenizer, StopStrings
 from kvfold.engine.params import SamplingParams
 
 CORPUS = [
@@ -186,12 +185,3 @@ def test_tokenizers_of_transformers_serve_with_and_without_the_rust_backend() ->
         whole = fast.decode(ids, skip_special_tokens=skip)
         assert stream(fast, ids, skip_special_tokens=skip)[1].text == whole
         assert stream(Slow(), ids, skip_special_tokens=skip)[1].text == whole
-
-
-def test_logprobs_get_their_text() -> None:
-    the = byte_level().encode("the").ids[0]
-    entry = decode_logprobs(byte_level(), {the: Logprob(-0.5, 1), 0: Logprob(-1.0, 2)})
-    assert entry == {
-        the: Logprob(-0.5, 1, byte_level().decode([the])),
-        0: Logprob(-1.0, 2, SPECIAL),
-    }

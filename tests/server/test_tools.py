@@ -18,7 +18,8 @@ from kvfold.engine.params import SamplingParams
 from kvfold.errors import GrammarError, PromptError
 from kvfold.methods.registry import build_codec
 from kvfold.model.loading import LoadedModel, load_model
-from kvfold.server.tools import ToolParser, ToolSet, parse_tools, render_tools
+from kvfold.server.tool_parser import ToolParser
+from kvfold.server.tools import ToolSet, parse_tools, render_tools
 
 PARAMETERS = {
     "type": "object",
@@ -171,10 +172,11 @@ def pieces(parser: ToolParser, texts: list[str]) -> tuple[str, list[dict[str, An
     content, calls = "", list[dict[str, Any]]()
     for delta in [*(parser.push(text) for text in texts), parser.finish()]:
         content += delta.content
+        indices = [call["index"] for call in delta.tool_calls]
+        assert indices == sorted(set(indices))  # clients merge what a chunk says of a call only once
         for call in delta.tool_calls:
             if call["index"] == len(calls):
                 assert set(call) == {"index", "id", "type", "function"}
-                assert call["function"]["arguments"] == ""
                 calls.append({"id": call["id"], "type": call["type"], "function": dict(call["function"])})
             else:
                 assert call["index"] == len(calls) - 1

@@ -1,10 +1,8 @@
 """Token ids to text, one token at a time, with stop strings that may straddle tokens."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
-from kvfold.engine.outputs import Logprob
 from kvfold.engine.params import SamplingParams
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -155,11 +153,3 @@ class StopStrings:
             if any(len(stop) > length and stop.startswith(text[-length:]) for stop in self._stops):
                 return length
         return 0
-
-
-def decode_logprobs(tokenizer: TokenDecoder, entry: dict[int, Logprob]) -> dict[int, Logprob]:
-    """The same mapping with each token's own text filled in (special tokens are shown)."""
-    return {
-        token_id: replace(logprob, decoded_token=tokenizer.decode([token_id], skip_special_tokens=False))
-        for token_id, logprob in entry.items()
-    }

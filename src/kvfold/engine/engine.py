@@ -131,8 +131,6 @@ class Engine:
         for request in changed:
             if request.finished:
                 del self._requests[request.id]
-        if not self._requests:
-            self.check_integrity()
         return [self._output(request) for request in changed]
 
     def stats(self) -> EngineStats:
@@ -169,6 +167,7 @@ class Engine:
         if self._config.prefix_caching and self.lanes[lane].codec.shares_prefixes:
             tables = sequence.held.fork(self.memory.pool)
             self.memory.prefixes[lane].insert(sequence.tokens[: tables.length], tables)
+            self.scheduler.reconsider()
 
     def _sample(self, result: StepResult) -> list[Request]:
         sequences, rows = [], []
@@ -240,12 +239,6 @@ class Engine:
         self.scheduler.release(sequence)
 
     def _output(self, request: Request) -> RequestOutput:
-        bytes_, tokens = 0, 0
-        for sequence in request.sequences:
-            running = sequence.tables is not None
-            bytes_ += sequence.held.nbytes if running else sequence.kv_bytes
-            tokens += sequence.computed if running else sequence.kv_tokens
-        elements = tokens * self._spec.kv_elements
         return RequestOutput(
             request.id,
             request.prompt,
@@ -253,6 +246,12 @@ class Engine:
             request.prompt_logprobs,
             [s.output for s in request.sequences],
             request.finished,
-            KVUsage(bytes_, 2 * elements, tokens, elements),
+            self._kv_usage(request) if request.finished else KVUsage(),
             request.metrics,
         )
+
+    def _kv_usage(self, request: Request) -> KVUsage:
+        """What the sequences of a request held when they ended."""
+        tokens = sum(s.kv_tokens for s in request.sequences)
+        elements = tokens * self._spec.kv_elements
+        return KVUsage(sum(s.kv_bytes for s in request.sequences), 2 * elements, tokens, elements)

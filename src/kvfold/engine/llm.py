@@ -145,6 +145,7 @@ class LLM:
         finally:
             for request_id in ids:
                 engine.abort(request_id)
+        engine.check_integrity()
         return [done[request_id] for request_id in ids]
 
 

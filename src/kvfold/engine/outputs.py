@@ -12,12 +12,11 @@ cancelled; `error`: no token could be chosen, `stop_reason` says why."""
 class Logprob:
     """One token's natural-log probability under the model's raw distribution (no penalty, no temperature).
 
-    `rank` is 1 for the most likely token. `decoded_token` is the token's own text, where it was asked for.
+    `rank` is 1 for the most likely token.
     """
 
     logprob: float
     rank: int | None = None
-    decoded_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A request and all its completions. `prompt_logprobs[0]` is None: nothing precedes the first token."""
+    """A request and all its completions. `prompt_logprobs[0]` is None: nothing precedes the first token. `kv` is
+    filled in when the request ends."""
 
     request_id: str
     prompt: str | None

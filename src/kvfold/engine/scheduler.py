@@ -30,6 +30,8 @@ class Scheduler:
     def __init__(self, config: EngineConfig, memory: KVMemory) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._refused: Sequence | None = None  # whoever waits first and did not fit: asking again costs much
+        self._free_then = 0  # pages that were free at that time
         # Totals since the start.
         self.preemptions = 0
         self.prefix_queried_tokens = 0
@@ -49,15 +51,22 @@ class Scheduler:
         budget = self._config.max_batch_tokens
         scheduled: list[Scheduled] = []
         for sequence in list(self.running):
+            if not budget:
+                break
             if sequence not in self.running:
                 continue  # preempted for an older one
             count = self._count(sequence, budget)
             if count and self._make_room(sequence, count):
                 scheduled.append(Scheduled(sequence, count))
                 budget -= count
-        while self.waiting and budget and len(self.running) < self._config.max_sequences:
+        if self._memory.pool.free_pages > self._free_then:  # a window left pages behind
+            self.reconsider()
+        while self.waiting and budget and self.waiting[0] is not self._refused:
             sequence = self.waiting[0]
+            if not self._has_place(sequence):
+                break
             if not self._admit(sequence):
+                self._refused, self._free_then = sequence, self._memory.pool.free_pages
                 break
             self.waiting.popleft()
             self.running.append(sequence)
@@ -69,8 +78,13 @@ class Scheduler:
             budget -= count
         return scheduled
 
+    def reconsider(self) -> None:
+        """Memory was freed, or a prefix is known that was not: who did not fit may fit now."""
+        self._refused = None
+
     def release(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees its pages."""
+        self.reconsider()
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -78,6 +92,11 @@ class Scheduler:
         if sequence.tables is not None:
             sequence.tables.release(self._memory.pool)
             sequence.tables = None
+
+    def _has_place(self, sequence: Sequence) -> bool:
+        """Whether the batch has room for a sequence and those that will be forked from it; a lone one always runs."""
+        taken = sum(s.forks for s in self.running) + sequence.forks
+        return not self.running or taken <= self._config.max_sequences
 
     def _count(self, sequence: Sequence, budget: int) -> int:
         end = min(len(sequence), sequence.computed + min(self._config.chunk, budget))
@@ -99,6 +118,7 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.held.release(self._memory.pool)
         sequence.tables = None
+        self.reconsider()
         sequence.request.metrics.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(sequence)

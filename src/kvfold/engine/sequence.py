@@ -55,6 +55,11 @@ class Sequence:
         return len(self.request.prompt_token_ids) + len(self.output.token_ids)
 
     @property
+    def forks(self) -> int:
+        """Sequences that it stands for: the first of `n` is all of them until it has computed the prompt."""
+        return self.request.params.n if self.output.index == 0 and not self.output.token_ids else 1
+
+    @property
     def computed(self) -> int:
         return 0 if self.tables is None else self.tables.length
 

@@ -3,10 +3,12 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Send
 
 from kvfold.server.http_errors import APIError, error_body
 
@@ -49,7 +51,19 @@ async def answer_stream(http: Request, chunks: AsyncGenerator[dict[str, Any], No
         await chunks.aclose()
         return Response(status_code=499)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(first, chunks), media_type="text/event-stream", headers=headers)
+    return _EventStream(_events(first, chunks), headers)
+
+
+class _EventStream(StreamingResponse):
+    """Closes its events when the client leaves in the middle of one: the request is cancelled then, not some day."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().stream_response(send)
 
 
 async def _events(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:

@@ -37,12 +37,13 @@ def chat_router(service: Service) -> APIRouter:
 
 async def _prepare(service: Service, request: ChatCompletionRequest) -> "_Job":
     ready = service.ready
+    service.check_queue()
     text = await service.text()
     model = service.check_model(request.model)
     lane = service.lane(request.kv)
     params = chat_params(request, ready)
     prompt = await prepare_chat(text, request)
-    service.check_length(len(prompt.token_ids), request.max_completion_tokens or request.max_tokens, lane)
+    service.check_length(len(prompt.token_ids), request.max_completion_tokens or request.max_tokens, lane, "messages")
     service.log_prompts(request.messages)
     return _Job(
         service, text, model, request, prompt, Add(new_id("req"), prompt.token_ids, params, lane, prompt.grammar)
@@ -82,11 +83,17 @@ class _Job:
         async with aclosing(self._updates()) as updates:
             async for update in updates:
                 for piece in update.pieces:
-                    role = {} if piece.index in readers else {"role": "assistant", "content": ""}
-                    reader = readers.setdefault(piece.index, self._reader())
+                    role: dict[str, Any] = {}
+                    if piece.index not in readers:
+                        readers[piece.index] = self._reader()
+                        role = {"role": "assistant", "content": ""}
+                    reader = readers[piece.index]
+                    delta = role | reader.push(piece.text, last=piece.finish_reason is not None)
+                    if not delta and piece.finish_reason is None and piece.logprobs is None:
+                        continue  # text that is held back: half a character, the beginning of a call
                     shown = {
                         "index": piece.index,
-                        "delta": role | reader.push(piece.text, last=piece.finish_reason is not None),
+                        "delta": delta,
                         "logprobs": chat_logprobs(self._text, piece.token_ids, piece.logprobs, self._top),
                         "finish_reason": reader.finish_reason(piece.finish_reason),
                     }

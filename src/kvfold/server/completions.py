@@ -36,6 +36,7 @@ def completions_router(service: Service) -> APIRouter:
 
 async def _prepare(service: Service, request: CompletionRequest) -> "_Job":
     ready = service.ready
+    service.check_queue()
     text = await service.text()
     model = service.check_model(request.model)
     lane = service.lane(request.kv)
@@ -47,7 +48,7 @@ async def _prepare(service: Service, request: CompletionRequest) -> "_Job":
         ids = await text.encode(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise APIError(400, "the prompt is empty; give at least one token", param="prompt")
-        service.check_length(len(ids), request.max_tokens, lane)
+        service.check_length(len(ids), request.max_tokens, lane, "prompt")
         adds.append(Add(new_id("req"), ids, params, lane))
     service.log_prompts(request.prompt)
     return _Job(service, text, model, request, adds)

@@ -14,11 +14,12 @@ class Connection(H11Protocol):
     """uvicorn waits for headers for ever, so that clients which never finish them could take every connection.
 
     Here a request's headers take at most `header_seconds` from the connection's beginning, or from the first byte
-    after the answer before.
+    after the answer before, and a client that reads nothing of its answer for as long is gone.
     """
 
     header_seconds = 30.0
     _deadline: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -26,15 +27,30 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
+        self._moving()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
 
+    def pause_writing(self) -> None:
+        """The client does not read: after a while it is taken for gone, so that its request is cancelled."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self.header_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._moving()
+
     def send_400_response(self, msg: str) -> None:
         """Refuses what is not HTTP."""
         self._refuse(400, "this is no valid HTTP/1.1 request")
+
+    def _moving(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _watch(self) -> None:
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ import zmq.asyncio
 
 from kvfold import errors
 from kvfold.engine.stats import EngineStats, LaneStats, PoolMap
-from kvfold.errors import EngineDiedError, KvfoldError
+from kvfold.errors import EngineDiedError, EngineNotReadyError, KvfoldError
 from kvfold.server.messages import (
     Abort,
     Add,
@@ -33,19 +34,21 @@ from kvfold.server.messages import (
     Rejected,
     StatsReport,
     Update,
+    Updates,
     decode_event,
     encode,
 )
 
 Status = Literal["starting", "ready", "restarting", "failed", "stopped"]
 RESTARTS = 1
+HEALTHY_SECONDS = 600.0  # after so long, an engine process that dies is no longer one that keeps dying
 STOP_SECONDS = 5.0  # before an engine process that does not end on SIGTERM is killed
 
 log = logging.getLogger("kvfold.server")
 
 
 class EngineClient:
-    """One engine process, started again `restarts` times where it dies.
+    """One engine process, started again where it dies, `restarts` times unless it was ready for long.
 
     `status` and `reason` tell how it is; `ready` is what it said of itself when it was; `stats` its last report.
     """
@@ -57,25 +60,15 @@ class EngineClient:
         self.refusal: str | None = None  # why it could not even start: something that the user can mend
         self.ready: Ready | None = None
         self.stats = _nothing(options)
-        self.on_ready: Callable[[Ready], None] = lambda ready: None
         self._options = options
         self._most_restarts = restarts
+        self._ready_since = time.monotonic()
         self._streams: dict[str, asyncio.Queue[Update | KvfoldError]] = {}
         self._pool_waiters: list[asyncio.Future[PoolMap]] = []
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-
-    @property
-    def process_id(self) -> int | None:
-        """Of the engine process that runs now."""
-        return None if self._process is None else self._process.pid
-
-    @property
-    def requests(self) -> int:
-        """Requests that have not ended."""
-        return len(self._streams)
 
     def start(self) -> None:
         """Starts the engine process and returns; `status` tells how it goes."""
@@ -131,13 +124,22 @@ class EngineClient:
 
     def _check_ready(self) -> None:
         if self.status != "ready":
-            raise EngineDiedError(f"the engine is not ready ({self.status}): {self.reason}")
+            raise EngineNotReadyError(f"the engine is not ready ({self.status}): {self.reason}")
 
     def _send(self, command: Command) -> None:
         assert self._socket is not None, "an engine that is ready has a socket"
         self._socket.send(encode(command))  # without a high-water mark this never waits
 
     async def _supervise(self) -> None:
+        try:
+            await self._keep_running()
+        except Exception as error:  # no folder for the socket, no memory for a process, ...
+            log.exception("the engine process cannot be run")
+            self._set("failed", f"the engine process cannot be run ({error})")
+            self._fail_streams(f"the engine process cannot be run ({error})")
+
+    async def _keep_running(self) -> None:
+        attempts = 0
         while True:
             code = await self._run_process()
             if self.status == "stopped":
@@ -145,12 +147,15 @@ class EngineClient:
                 return
             why = _describe(code)
             log.error("%s with %d requests in flight", why, len(self._streams))
-            again = self.restarts < self._most_restarts and self.refusal is None
+            if time.monotonic() - self._ready_since > HEALTHY_SECONDS:
+                attempts = 0
+            again = attempts < self._most_restarts and self.refusal is None
             if self.refusal is None:
                 self._set(*(("restarting", f"{why}; it is being started again") if again else ("failed", why)))
             self._fail_streams(why)
             if not again:
                 return
+            attempts += 1
             self.restarts += 1
 
     async def _run_process(self) -> int:
@@ -191,10 +196,11 @@ class EngineClient:
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Update() | Rejected():
-                queue = self._streams.get(event.id)
-                if queue is not None:  # else it was cancelled while this was under way
-                    queue.put_nowait(event if isinstance(event, Update) else _rejection(event))
+            case Updates():
+                for update in event.updates:
+                    self._deliver(update.id, update)
+            case Rejected():
+                self._deliver(event.id, _rejection(event))
             case StatsReport():
                 self.stats = event.stats
             case PoolReport():
@@ -208,12 +214,17 @@ class EngineClient:
                 log.info("engine: %s", self.reason)
             case Ready():
                 self.ready = event
-                self.on_ready(event)
+                self._ready_since = time.monotonic()
                 self._set("ready", None)
                 log.info("engine ready")
             case Refused():
                 self.refusal = event.message
                 self._set("failed", event.message)
+
+    def _deliver(self, request_id: str, event: Update | KvfoldError) -> None:
+        queue = self._streams.get(request_id)
+        if queue is not None:  # else it was cancelled while this was under way
+            queue.put_nowait(event)
 
     def _set(self, status: Status, reason: str | None) -> None:
         if self.status != "stopped":
@@ -234,7 +245,7 @@ def _nothing(options: EngineOptions) -> EngineStats:
 
 
 def _rejection(event: Rejected) -> KvfoldError:
-    kind: type[KvfoldError] = getattr(errors, event.error)
+    kind: type[KvfoldError] = getattr(errors, event.error, KvfoldError)
     return kind(event.message)
 
 

@@ -33,6 +33,7 @@ from kvfold.server.messages import (
     Rejected,
     StatsReport,
     Update,
+    Updates,
     decode_command,
     encode,
 )
@@ -50,27 +51,32 @@ class EngineLoop:
         self._sent: dict[str, list[_Progress]] = {}
         self._parent = os.getppid()
         self._changed = True  # since the last report
+        self._unchecked = False  # work was done since pages were last checked
         self._reported = 0.0
 
     def run(self) -> None:
         """Returns when the API process is gone."""
         while os.getppid() == self._parent:
             if self._engine.has_unfinished:
-                self._changed = True
-                for output in self._engine.step():
-                    self._send(self._update(output))
+                self._changed = self._unchecked = True
+                updates = [self._update(output) for output in self._engine.step()]
+                if updates:
+                    self._send(Updates(updates))
             idle = not self._engine.has_unfinished
             if self._changed and (idle or time.monotonic() - self._reported > STATS_EVERY):
                 self._send(StatsReport(self._engine.stats()))
                 self._reported, self._changed = time.monotonic(), False
-            self._receive(wait=idle)
+            if not self._receive(wait=idle) and idle and self._unchecked:
+                self._engine.check_integrity()
+                self._unchecked = False
 
-    def _receive(self, wait: bool) -> None:
-        """Handles every command that is there; with `wait`, waits a while for the first."""
-        timeout = IDLE_POLL if wait else 0
+    def _receive(self, wait: bool) -> int:
+        """Handles every command that is there, and returns their number; with `wait`, waits a while for the first."""
+        count, timeout = 0, IDLE_POLL if wait else 0
         while self._socket.poll(timeout):
             self._handle(decode_command(self._socket.recv()))
-            timeout = 0
+            count, timeout = count + 1, 0
+        return count
 
     def _handle(self, command: Command) -> None:
         match command:

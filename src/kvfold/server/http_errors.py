@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from kvfold.errors import EngineDiedError, KvfoldError
+from kvfold.errors import EngineDiedError, EngineNotReadyError, KvfoldError
 
 
 class ErrorBody(BaseModel):
@@ -59,7 +59,9 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 
 def as_api_error(error: KvfoldError) -> APIError:
-    """Users' mistakes are a 400; a lost engine is a 500."""
+    """Users' mistakes are a 400; a lost engine is a 500, one that is not there yet a 503."""
+    if isinstance(error, EngineNotReadyError):
+        return APIError(503, str(error), code="engine_not_ready", headers={"Retry-After": "5"})
     if isinstance(error, EngineDiedError):
         return APIError(500, str(error), code="engine_died")
     return APIError(400, str(error))
@@ -75,7 +77,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(KvfoldError)
     async def _kvfold(request: Request, error: KvfoldError) -> JSONResponse:
         known = as_api_error(error)
-        return JSONResponse(known.body, known.status)
+        return JSONResponse(known.body, known.status, known.headers)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -27,13 +27,10 @@ class Queue:
         self._most_requests = most_requests
         self._most_tokens = most_tokens
 
-    @contextmanager
-    def places(self, tokens: Sequence[int], rate: float) -> Iterator[list["Place"]]:
-        """A place for each of a request's prompts, of so many tokens, until it is left. All or none get one; what is
-        too much even for an empty queue gets its places there, as it would never else. rate: prompt tokens per
-        second of late."""
-        over = self._most_tokens is not None and self.tokens + sum(tokens) > self._most_tokens
-        if self.requests and (over or self.requests + len(tokens) > self._most_requests):
+    def check(self, rate: float, requests: int = 1, tokens: int = 0) -> None:
+        """Raises APIError (429) where so many more have no room. rate: prompt tokens per second of late."""
+        over = self._most_tokens is not None and self.tokens + tokens > self._most_tokens
+        if self.requests and (over or self.requests + requests > self._most_requests):
             seconds = min(RETRY_SECONDS, max(1, math.ceil(self.tokens / rate))) if rate > 0 else 1
             raise APIError(
                 429,
@@ -41,6 +38,13 @@ class Queue:
                 code="queue_full",
                 headers={"Retry-After": str(seconds)},
             )
+
+    @contextmanager
+    def places(self, tokens: Sequence[int], rate: float) -> Iterator[list["Place"]]:
+        """A place for each of a request's prompts, of so many tokens, until it is left. All or none get one; what is
+        too much even for an empty queue gets its places there, as it would never else. rate: prompt tokens per
+        second of late."""
+        self.check(rate, len(tokens), sum(tokens))
         places = [Place(self, count) for count in tokens]
         try:
             yield places

@@ -106,6 +106,12 @@ class Update(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     cached_prompt_tokens: int = 0
 
 
+class Updates(msgspec.Struct, tag=True, frozen=True):
+    """What all requests gained in one step."""
+
+    updates: list[Update]
+
+
 class StatsReport(msgspec.Struct, tag=True, frozen=True):
     """Sent every fraction of a second while anything changes."""
 
@@ -118,7 +124,7 @@ class PoolReport(msgspec.Struct, tag=True, frozen=True):
     pool: PoolMap
 
 
-Event = Loading | Ready | Refused | Rejected | Update | StatsReport | PoolReport
+Event = Loading | Ready | Refused | Rejected | Updates | StatsReport | PoolReport
 
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

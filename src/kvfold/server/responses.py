@@ -90,9 +90,14 @@ def completion_logprobs(
     return {
         "tokens": tokens,
         "token_logprobs": [None if e is None else e[t].logprob for t, e in known],
-        "top_logprobs": [None if e is None else {text.token(o)[0]: e[o].logprob for o in _best(e)} for _, e in known],
+        "top_logprobs": [None if e is None else _by_text(text, e) for _, e in known],
         "text_offset": list(accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else [],
     }
+
+
+def _by_text(text: Text, entry: dict[int, Logprob]) -> dict[str, float]:
+    """By the tokens' texts; of several that show the same, such as halves of characters, the likeliest counts."""
+    return {text.token(token_id)[0]: entry[token_id].logprob for token_id in reversed(_best(entry))}
 
 
 def _best(entry: dict[int, Logprob]) -> list[int]:

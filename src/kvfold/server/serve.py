@@ -72,6 +72,7 @@ def serve(listener: socket.socket, engine: EngineOptions, options: ServerOptions
         log_level=log_level,
         access_log=log_level == "debug",
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=75,  # longer than clients and proxies keep idle connections, so that they close first
         server_header=False,
     )
     server = _Server(config, service)

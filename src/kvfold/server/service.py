@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from kvfold.config.method import choose_method
-from kvfold.errors import EngineDiedError, KvfoldError
+from kvfold.errors import KvfoldError
 from kvfold.server.engine_client import EngineClient
-from kvfold.server.http_errors import APIError
+from kvfold.server.http_errors import APIError, as_api_error
 from kvfold.server.limits import Queue
 from kvfold.server.messages import Add, EngineOptions, Ready, Update
 from kvfold.server.metrics import Metrics, RequestTimer
@@ -82,13 +82,17 @@ class Service:
         except KvfoldError as error:
             raise APIError(400, str(error), param="kv", code="unknown_kv_method") from error
 
-    def check_length(self, tokens: int, max_tokens: int | None, lane: int) -> None:
-        """Raises APIError (400) for a request that the model or the memory can never hold."""
+    def check_queue(self) -> None:
+        """Raises APIError (429) where the queue is full: before the work of preparing a request."""
+        self._queue.check(self.metrics.prompt_rate())
+
+    def check_length(self, tokens: int, max_tokens: int | None, lane: int, param: str) -> None:
+        """Raises APIError (400) for a request that the model or the memory can never hold. param: the prompt's."""
         ready = self.ready
         if tokens + (max_tokens or 1) > ready.max_positions:
             wanted = f"{tokens} prompt tokens" + (f" and max_tokens={max_tokens}" if max_tokens else "")
             message = f"the model takes {ready.max_positions} tokens, the request has {wanted}; shorten it"
-            raise APIError(400, message, param="messages", code="context_length_exceeded")
+            raise APIError(400, message, param=param, code="context_length_exceeded")
         if tokens + 1 > ready.longest[lane]:
             message = (
                 f"the prompt has {tokens} tokens, the server's KV memory holds {ready.longest[lane] - 1} with "
@@ -115,6 +119,8 @@ class Service:
                         async with asyncio.timeout_at(deadline):
                             index, update = await merged.get()
                     except TimeoutError:
+                        for task in tasks:
+                            task.cancel("timeout")
                         message = f"the request took longer than {self.options.request_timeout:g} s and was cancelled"
                         raise APIError(504, message, code="timeout") from None
                     if isinstance(update, BaseException):
@@ -133,8 +139,8 @@ class Service:
             async with aclosing(self._updates(add, timer)) as updates:
                 async for update in updates:
                     merged.put_nowait((index, update))
-        except asyncio.CancelledError:
-            timer.fail("cancelled")
+        except asyncio.CancelledError as error:
+            timer.fail("timeout" if error.args == ("timeout",) else "cancelled")
             raise
         except APIError as error:
             timer.fail(str(error.body["error"]["code"] or error.status))
@@ -157,7 +163,5 @@ class Service:
                     if update.finished:
                         timer.end(list(reasons.values()))
                     yield update
-        except EngineDiedError as error:
-            raise APIError(500, str(error), code="engine_died") from error
         except KvfoldError as error:
-            raise APIError(400, str(error)) from error
+            raise as_api_error(error) from error

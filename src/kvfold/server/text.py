@@ -1,8 +1,8 @@
 """The tokenizer as the API process uses it: in threads, so that a long prompt holds nobody else up."""
 
 import asyncio
+import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # xgrammar is read with the first grammar
     from kvfold.engine.grammar import GrammarCompiler
 
 COMPILE_SECONDS = 20.0
+BLANK = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a blank
 
 
 class Text:
@@ -29,7 +30,7 @@ class Text:
         self._ready = ready
         self._most_characters = ready.max_positions * max(map(len, self.tokenizer.get_vocab()))
         # Grammars are compiled one after the other, so that expensive ones cannot take every core.
-        self._compiling = ThreadPoolExecutor(1, "grammar")
+        self._turn = asyncio.Lock()
 
     async def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a prompt; special: with what the tokenizer puts around a plain text.
@@ -49,14 +50,14 @@ class Text:
 
     async def compile(self, work: "Callable[[GrammarCompiler], bytes]") -> bytes:
         """A grammar for the engine. Raises GrammarError where it is wrong or takes too long."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(COMPILE_SECONDS):
-                return await loop.run_in_executor(self._compiling, lambda: work(self._compiler))
-        except TimeoutError:
-            raise GrammarError(
-                f"compiling the JSON schema takes longer than {COMPILE_SECONDS:g} s; simplify it"
-            ) from None
+        async with self._turn:
+            try:
+                async with asyncio.timeout(COMPILE_SECONDS):
+                    return await asyncio.to_thread(lambda: work(self._compiler))
+            except TimeoutError:
+                raise GrammarError(
+                    f"compiling the JSON schema takes longer than {COMPILE_SECONDS:g} s; simplify it"
+                ) from None
 
     @cached_property
     def _compiler(self) -> "GrammarCompiler":
@@ -71,6 +72,10 @@ class Text:
         known = _byte_of_character()
         if self._byte_level and name and all(c in known for c in name):
             return text, [known[c] for c in name]
+        if name and re.fullmatch(r"<0x[0-9A-F]{2}>", name):  # a byte that the vocabulary has no better token for
+            return text, [int(name[3:5], 16)]
+        if name and name.startswith(BLANK) and not text.startswith(" "):  # decoders take the first blank away
+            text = name.replace(BLANK, " ")
         return text, list(text.encode())
 
 

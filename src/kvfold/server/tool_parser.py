@@ -152,5 +152,9 @@ class ToolParser:
         self.tool_calls.append({**call, "function": {"name": name, "arguments": ""}})
 
     def _add_arguments(self, piece: str, delta: ToolDelta) -> None:
+        index = len(self.tool_calls) - 1
         self.tool_calls[-1]["function"]["arguments"] += piece
-        delta.tool_calls.append({"index": len(self.tool_calls) - 1, "function": {"arguments": piece}})
+        if delta.tool_calls and delta.tool_calls[-1]["index"] == index:  # clients expect one entry per call and chunk
+            delta.tool_calls[-1]["function"]["arguments"] += piece
+        else:
+            delta.tool_calls.append({"index": index, "function": {"arguments": piece}})

@@ -9,9 +9,6 @@ from kvfold.engine.grammar import GrammarCompiler, ToolGrammar
 from kvfold.engine.json_schema import check_size
 from kvfold.errors import GrammarError
 from kvfold.server.tool_messages import tools_as_text, tools_for_template
-from kvfold.server.tool_parser import ToolDelta, ToolParser
-
-__all__ = ["RenderedTools", "ToolDelta", "ToolParser", "ToolSet", "parse_tools", "render_tools"]
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
