@@ -34,6 +34,11 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.trailing_data[0]:  # the next request has begun already
+            self._watch()
+
     def pause_writing(self) -> None:
         """The client does not read: after a while it is taken for gone, so that its request is cancelled."""
         super().pause_writing()
