@@ -2,8 +2,8 @@
 
     python benchmarks/serving_memory.py [--clients 64] [--minutes 5] [--kv-memory 64MiB] [--kv METHOD ...]
 
-Prints one JSON object: resident bytes (MiB) of both processes together after the first minute and at the end, and the
-growth from one to the other. The KV pool is small, so that prefix snapshots fill it within the first minute: the
+Prints one JSON object: resident memory (MiB) of the API process and the engine process after the first minute and at
+the end, and the growth of both together. The KV pool is small, so that prefix snapshots fill it within the first minute: the
 operating system gives a pool's memory page by page as it is first written.
 """
 
@@ -42,19 +42,25 @@ def main() -> None:
         requests, readings = asyncio.run(load(url, methods, options, psutil.Process(server.pid)))
     finally:
         server.terminate()
-    after_minute = statistics.median(rss for at, rss in readings if 60 <= at < 60 + SETTLE)
-    end = statistics.median(rss for at, rss in readings if at >= readings[-1][0] - SETTLE)
-    shown = {"requests": requests, "after_a_minute": after_minute, "at_the_end": end, "growth": end / after_minute - 1}
+    after_minute = middle([rss for at, rss in readings if 60 <= at < 60 + SETTLE])
+    end = middle([rss for at, rss in readings if at >= readings[-1][0] - SETTLE])
+    growth = sum(end.values()) / sum(after_minute.values()) - 1
+    shown = {"requests": requests, "after_a_minute": after_minute, "at_the_end": end, "growth": growth}
     print(json.dumps({"settings": vars(options), **shown}, indent=2))
+
+
+def middle(readings: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each process's readings."""
+    return {name: statistics.median(reading[name] for reading in readings) for name in readings[0]}
 
 
 async def load(
     url: str, methods: list[str], options: argparse.Namespace, server: psutil.Process
-) -> tuple[int, list[tuple[float, float]]]:
-    """How many requests were answered, and (seconds since the start, resident MiB) once a second."""
+) -> tuple[int, list[tuple[float, dict[str, float]]]]:
+    """How many requests were answered, and (seconds since the start, resident MiB by process) once a second."""
     began, done = time.monotonic(), 0
     end = began + 60 * options.minutes
-    readings: list[tuple[float, float]] = []
+    readings: list[tuple[float, dict[str, float]]] = []
 
     async def one_client(client: httpx.AsyncClient, seed: int) -> None:
         nonlocal done
@@ -73,8 +79,10 @@ async def load(
 
     async def watch() -> None:
         while time.monotonic() < end:
-            processes = [server, *server.children()]
-            readings.append((time.monotonic() - began, sum(p.memory_info().rss for p in processes) / 2**20))
+            (engine,) = server.children()
+            processes = {"api": server, "engine": engine}
+            resident = {name: process.memory_info().rss / 2**20 for name, process in processes.items()}
+            readings.append((time.monotonic() - began, resident))
             await asyncio.sleep(1)
 
     limits = httpx.Limits(max_connections=options.clients)
