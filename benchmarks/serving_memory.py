@@ -3,8 +3,8 @@
     python benchmarks/serving_memory.py [--clients 64] [--minutes 5] [--kv-memory 64MiB] [--kv METHOD ...]
 
 Prints one JSON object: resident memory (MiB) of the API process and the engine process after the first minute and at
-the end, and the growth of both together. The KV pool is small, so that prefix snapshots fill it within the first minute: the
-operating system gives a pool's memory page by page as it is first written.
+the end, and the growth of both together. The KV pool is small, so that prefix snapshots fill it within the first
+minute: the operating system gives a pool's memory page by page as it is first written.
 """
 
 import argparse
