@@ -87,13 +87,13 @@ def test_clients_that_leave_early(server: RunningServer) -> None:
 def impatient(
     tiny_llama: Path, server_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    """A server that waits a second for bodies and headers, with a chat template that raises."""
+    """A server that waits three seconds for bodies and headers, with a chat template that raises."""
     model = tmp_path_factory.mktemp("model") / "model"
     shutil.copytree(tiny_llama, model)
     (model / "chat_template.jinja").write_text(
         "{% if messages[0]['content'] == 'divide' %}{{ 1 // 0 }}{% endif %}{{ raise_exception('only <poems>') }}"
     )
-    options = ("--served-model-name", "tiny", "--kv-memory", "8MiB", "--body-timeout", "1")
+    options = ("--served-model-name", "tiny", "--kv-memory", "8MiB", "--body-timeout", "3")
     with RunningServer(model, *options, cache=server_cache) as server:
         yield server
 

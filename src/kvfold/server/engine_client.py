@@ -42,6 +42,8 @@ from kvfold.server.messages import (
 Status = Literal["starting", "ready", "restarting", "failed", "stopped"]
 RESTARTS = 1
 HEALTHY_SECONDS = 600.0  # after so long, an engine process that dies is no longer one that keeps dying
+# glibc keeps freed tensors on its heap, where those of ever other sizes fragment it: large ones go back at once.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 STOP_SECONDS = 5.0  # before an engine process that does not end on SIGTERM is killed
 
 log = logging.getLogger("kvfold.server")
@@ -170,7 +172,9 @@ class EngineClient:
             self._socket = socket
             command = [sys.executable, "-m", "kvfold.server.engine_process", address, json.dumps(asdict(self._options))]
             # A session of its own: Ctrl-C at the terminal is for the API process, which lets requests finish.
-            self._process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+            self._process = await asyncio.create_subprocess_exec(
+                *command, start_new_session=True, env=_ALLOCATOR | os.environ
+            )
             reader = asyncio.create_task(self._read(socket), name="engine events")
             ended = asyncio.create_task(self._process.wait(), name="engine end")
             try:
