@@ -20,7 +20,7 @@ from kvfold.engine.lane import build_lane
 from kvfold.engine.outputs import CompletionOutput, RequestOutput
 from kvfold.engine.schema_patterns import length_pattern
 from kvfold.errors import GrammarError, ModelError
-from kvfold.methods.registry import build_codec
+from kvfold.methods.registry import build_method
 from kvfold.model.loading import LoadedModel, load_model
 
 INTEGER = {"type": "integer"}
@@ -90,7 +90,7 @@ def compiler(model: LoadedModel) -> GrammarCompiler:
 
 
 def make_engine(model: LoadedModel, kv_memory: int = 2**23, **options: Any) -> Engine:
-    lane = build_lane(model.decoder, "none", build_codec("none"), 32)
+    lane = build_lane(model.decoder, "none", build_method("none"), 32)
     return Engine(model.decoder, model.tokenizer, [lane], EngineConfig(kv_memory, **options))
 
 

@@ -12,7 +12,7 @@ from kvfold.engine.engine import Engine
 from kvfold.engine.lane import build_lane, cache_shape
 from kvfold.engine.params import SamplingParams
 from kvfold.errors import MemoryLimitError, PromptError
-from kvfold.methods.registry import build_codec
+from kvfold.methods.registry import build_method
 from kvfold.methods.zeroc import flat_statistics
 from kvfold.model.loading import load_model
 
@@ -133,7 +133,7 @@ def test_four_bits_admit_three_and_a_half_times_the_requests_of_dense(tmp_path: 
     statistics = flat_statistics(cache_shape(model.spec, 16))
     most = {}
     for method in ("none", "zeroc(bits=4)"):
-        lane = build_lane(model.decoder, method, build_codec(method), 16, statistics)
+        lane = build_lane(model.decoder, method, build_method(method), 16, statistics)
         memory = 12 * cache_shape(model.spec, 16).dense_bytes(4096 + 64)
         config = EngineConfig(memory, chunk=4096, max_batch_tokens=2**20)
         engine = Engine(model.decoder, model.tokenizer, [lane], config, NoAttention())

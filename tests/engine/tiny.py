@@ -15,7 +15,7 @@ from kvfold.engine.engine import Engine
 from kvfold.engine.lane import build_lane
 from kvfold.engine.outputs import RequestOutput
 from kvfold.engine.params import SamplingParams
-from kvfold.methods.registry import build_codec
+from kvfold.methods.registry import build_method
 from kvfold.model.loading import LoadedModel, load_model
 
 VOCAB = 128
@@ -83,7 +83,7 @@ class Tiny:
 
     def engine(self, *methods: str, kv_memory: int = 2**23, **options: Any) -> Engine:
         """An engine with one lane per method; `options` are EngineConfig's."""
-        lanes = [build_lane(self.model.decoder, m, build_codec(m), 32, self.statistics) for m in methods]
+        lanes = [build_lane(self.model.decoder, m, build_method(m), 32, self.statistics) for m in methods]
         return Engine(self.model.decoder, self.model.tokenizer, lanes, EngineConfig(kv_memory, **options))
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:

@@ -24,7 +24,8 @@ def rows(draw: st.DrawFn, head_dim: int, block: int) -> Row:
     group = None
     if scale is Scale.TOKEN:
         group = draw(st.sampled_from([None, *[g for g in range(1, kept + 1) if kept % g == 0]]))
-    return Row(tuple(segments), scale, group)
+    sums = scale in (Scale.TOKEN, Scale.CHANNEL) and draw(st.booleans())
+    return Row(tuple(segments), scale, group, sums)
 
 
 @st.composite

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold.kv.format import PageFormat, Row, Scale, Segment, raw_format
-from kvfold.kv.packing import decode, encode
+from kvfold.kv.packing import decode, encode, read_codes, read_scales, take_tokens
 from tests.kv.formats import formats
 
 
@@ -31,6 +31,11 @@ def naive_row(row: Row, x: np.ndarray) -> np.ndarray:
             elif row.scale is Scale.STATIC:
                 middle = (2**bits - 1) / 2
                 out[t, i] = np.clip(np.round(value + middle), 0, 2**bits - 1) - middle
+            elif row.scale is Scale.STEP:
+                exact = max(2 * abs(x[t, j]) / (2**w - 1) for j, w in enumerate(row.widths))
+                step = 2 ** (np.clip(np.ceil(12 * np.log2(np.float32(exact))), -128, 127) / 12)
+                middle = (2**bits - 1) / 2
+                out[t, i] = (np.clip(np.round(value / np.float32(step) + middle), 0, 2**bits - 1) - middle) * step
             else:
                 if row.scale is Scale.CHANNEL:
                     shared, levels = x[:, i], 2**bits - 1
@@ -71,6 +76,41 @@ def test_encoding_what_was_decoded_changes_nothing(fmt: PageFormat, seed: int) -
     assert torch.equal(encode(fmt, *padded), blocks)
 
 
+@settings(max_examples=60, deadline=None)
+@given(formats(), st.integers(0, 2**16), st.data())
+def test_tokens_taken_from_blocks_are_bit_for_bit_what_they_were(
+    fmt: PageFormat, seed: int, data: st.DataObject
+) -> None:
+    blocks = encode(fmt, *rows_like(fmt, (5,), seed))
+    kept = data.draw(st.integers(0, 5))
+    if fmt.whole_blocks:
+        chosen = torch.tensor(data.draw(st.permutations(range(5)))[:kept], dtype=torch.int64)
+        tokens = (chosen[:, None] * fmt.block + torch.arange(fmt.block)).flatten()
+    else:
+        tokens = torch.randperm(5 * fmt.block, generator=torch.Generator().manual_seed(seed))[: kept * fmt.block]
+    taken = take_tokens(fmt, blocks, tokens)
+    assert taken.shape == (kept, fmt.block_bytes)
+    for before, after in zip(decode(fmt, blocks[None]), decode(fmt, taken[None]), strict=True):
+        assert torch.equal(before[..., tokens], after)
+
+
+@settings(max_examples=60, deadline=None)
+@given(formats(), st.integers(0, 2**16))
+def test_sums_are_those_of_the_codes(fmt: PageFormat, seed: int) -> None:
+    blocks = encode(fmt, *rows_like(fmt, (1, 3), seed))
+    for row, data in ((fmt.key, blocks[..., : fmt.key_bytes]), (fmt.value, blocks[..., fmt.key_bytes :])):
+        if not row.sums:
+            continue
+        codes = read_codes(row, fmt.block, data).long()  # [1, dims, B, block]
+        low, _, sums = read_scales(row, fmt.block, data)
+        assert sums is not None
+        for g in range(low.shape[1]):
+            size = codes.shape[1] // low.shape[1]
+            group = codes[:, g * size : (g + 1) * size]
+            expected = group.sum(1) if row.scale is Scale.TOKEN else group.sum((1, 3))[..., None]
+            assert torch.equal(sums[:, g, 0, :, :, 0].long(), expected)
+
+
 @settings(max_examples=200, deadline=None)
 @given(formats())
 def test_planes_tile_the_row_without_gaps(fmt: PageFormat) -> None:
@@ -82,7 +122,7 @@ def test_planes_tile_the_row_without_gaps(fmt: PageFormat) -> None:
             assert plane.size == (plane.stop - plane.start) * fmt.block * plane.bits // 8
             end += plane.size
             covered[plane.start : plane.stop, plane.shift : plane.shift + plane.bits] += 1
-        assert end == row.nbytes(fmt.block) - 4 * row.scale_count(fmt.block)
+        assert end == row.nbytes(fmt.block) - row.scale_bytes * row.scale_count(fmt.block)
         for dim in range(row.raw, row.kept):
             assert covered[dim].tolist() == [1] * row.widths[dim] + [0] * (9 - row.widths[dim])
 

@@ -45,7 +45,8 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(tokens=TOKENS)
     def match(self, tokens: list[int]) -> None:
-        expected, found = self.longest(tokens), self.index.match(tokens)
+        expected, known = self.longest(tokens), self.index.match(tokens)
+        found = None if known is None else known.fork(self.pool)
         if expected is None:
             assert found is None
             return

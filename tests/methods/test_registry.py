@@ -4,22 +4,22 @@ import pytest
 
 from kvfold.errors import ConfigError
 from kvfold.methods.dense import Dense
-from kvfold.methods.registry import CODECS, build_codec
+from kvfold.methods.registry import METHODS, build_method
 from kvfold.methods.zeroc import ZeroC
 
 
 def test_methods_are_built_from_their_strings() -> None:
-    assert build_codec("none") == Dense()
-    assert build_codec("zeroc") == ZeroC(bits=4.0)
-    assert build_codec("zeroc(bits=3)") == ZeroC(bits=3)
-    assert build_codec("zeroc(rank=8, map=stacked, sinks=0, recent=16)") == ZeroC(
+    assert build_method("none").codec == Dense()
+    assert build_method("zeroc").codec == ZeroC(bits=4.0)
+    assert build_method("zeroc(bits=3)").codec == ZeroC(bits=3)
+    assert build_method("zeroc(rank=8, map=stacked, sinks=0, recent=16)").codec == ZeroC(
         rank=8, map="stacked", sinks=0, recent=16
     )
-    assert build_codec('zeroc(max_loss=0.01, bits=None, map="optimal")') == ZeroC(max_loss=0.01)
+    assert build_method('zeroc(max_loss=0.01, bits=None, map="optimal")').codec == ZeroC(max_loss=0.01)
 
 
 def test_each_method_is_known_by_its_own_name() -> None:
-    for name, method in CODECS.items():
+    for name, method in METHODS.items():
         assert method.name == name
         assert dataclasses.is_dataclass(method)
 
@@ -33,7 +33,7 @@ def test_each_method_is_known_by_its_own_name() -> None:
         ("zeroc(bit=4)", "no parameter 'bit'; did you mean 'bits'"),
         ("zeroc(colour=1)", "its parameters: bits, rank, max_loss"),
         ("none(bits=4)", "it takes none"),
-        ("none+zeroc(bits=4)", "do not combine"),
+        ("none+zeroc(bits=4)", "do not combine: each codes"),
         ("zeroc(bits=True)", "wrong type"),
         ("zeroc(bits=four)", "give float or nothing"),
         ("zeroc(rank=2.5)", "give int or nothing"),
@@ -52,4 +52,4 @@ def test_each_method_is_known_by_its_own_name() -> None:
 )
 def test_mistakes_are_named_with_their_remedy(method: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_codec(method)
+        build_method(method)

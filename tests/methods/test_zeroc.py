@@ -10,7 +10,7 @@ from kvfold.kv.packing import decode, encode
 from kvfold.methods.allocation import WIDTHS
 from kvfold.methods.base import AttentionWeights, CacheShape, Prepared
 from kvfold.methods.dense import Dense
-from kvfold.methods.zeroc import BLOCK, FIELDS, SIDES, ZeroC, code_bits, flat_statistics
+from kvfold.methods.zeroc import BLOCK, FIELDS, SIDES, ZeroC, flat_statistics
 
 SHAPE = CacheShape(layers=2, heads=6, kv_heads=2, head_dim=8, windows=(None, None), rope=True, raw_bits=32)
 HIDDEN, TOKENS = 20, 40
@@ -153,8 +153,8 @@ def test_sealed_rows_cost_what_was_asked_for() -> None:
     dense = Dense().prepare(replace(SHAPE, raw_bits=16), None).layout
     for bits in (2, 3, 4, 6):
         layout = prepare(ZeroC(bits=bits)).layout
-        assert 0.9 * bits <= code_bits(layout) <= bits
-        assert np.mean(dense.capacity / layout.capacity) == pytest.approx(code_bits(layout) / 16, rel=0.15)
+        assert 0.9 * bits <= layout.code_bits <= bits
+        assert np.mean(dense.capacity / layout.capacity) == pytest.approx(layout.code_bits / 16, rel=0.15)
 
 
 def test_flat_statistics_treat_all_heads_alike() -> None:

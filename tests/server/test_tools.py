@@ -16,7 +16,7 @@ from kvfold.engine.grammar import GrammarCompiler
 from kvfold.engine.lane import build_lane
 from kvfold.engine.params import SamplingParams
 from kvfold.errors import GrammarError, PromptError
-from kvfold.methods.registry import build_codec
+from kvfold.methods.registry import build_method
 from kvfold.model.loading import LoadedModel, load_model
 from kvfold.server.tool_parser import ToolParser
 from kvfold.server.tools import ToolSet, parse_tools, render_tools
@@ -288,7 +288,7 @@ def model(tiny_llama: Path) -> LoadedModel:
 def test_calls_of_a_random_model_are_valid(model: LoadedModel, choice: Any, parallel: bool) -> None:
     """With "auto" the beginning of a call is put into the model's mouth; the rest is its own."""
     compiler = GrammarCompiler(model.tokenizer, model.spec.vocab, model.spec.eos_token_ids)
-    lane = build_lane(model.decoder, "none", build_codec("none"), 32)
+    lane = build_lane(model.decoder, "none", build_method("none"), 32)
     engine = Engine(model.decoder, model.tokenizer, [lane], EngineConfig(2**23))
     grammar = parse([WEATHER, CLOCK], choice, parallel).grammar(compiler)
     done: dict[str, Any] = {}

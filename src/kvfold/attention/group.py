@@ -11,6 +11,7 @@ from kvfold.attention.base import SequenceStep
 from kvfold.kv.access import all_pages
 from kvfold.kv.format import PageFormat
 from kvfold.kv.layout import CacheLayout
+from kvfold.kv.tables import PageTables
 
 Where = tuple[Tensor, Tensor, Tensor]
 
@@ -18,7 +19,7 @@ Where = tuple[Tensor, Tensor, Tensor]
 class Group:
     """N sequences with the same number Lq of new tokens. All tensors are int64 or bool."""
 
-    def __init__(self, layout: CacheLayout, steps: Sequence[SequenceStep]) -> None:
+    def __init__(self, layout: CacheLayout, steps: Sequence[SequenceStep[PageTables]]) -> None:
         self.n = len(steps)
         self.lq = steps[0].count
         self._layout = layout
@@ -88,7 +89,7 @@ class Group:
             found.append((np.full_like(source, i), source, slot[kept]))
         return _joined(found)
 
-    def _near_mask(self, window: int | None) -> Tensor:
+    def _near_mask(self, window: int | None, keeps_sinks: bool) -> Tensor:
         """Which near keys each query sees, [N, Lq, slots + Lq]."""
         layout = self._layout
         keys = torch.cat([self.held, self._queries], 1)[:, None]
@@ -96,7 +97,10 @@ class Group:
         mask = (keys >= 0) & (keys <= queries)
         if not layout.exact:
             mask &= (keys < layout.sinks) | (keys >= self._sealed[..., None])
-        return mask if window is None else mask & (keys > queries - window)
+        if window is None:
+            return mask
+        inside = keys > queries - window
+        return mask & (inside | (keys < layout.sinks) if keeps_sinks else inside)
 
     def _far_mask(self, fmt: PageFormat, window: int | None) -> Tensor:
         """Which far rows each query sees, [N, Lq, columns * capacity]."""

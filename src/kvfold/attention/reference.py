@@ -1,32 +1,41 @@
 """Attention over pages in plain torch, vectorised over tokens, sequences and heads: the definition of the contract."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.attention.base import SequenceStep
+from kvfold.attention.base import Plan, SequenceStep
 from kvfold.attention.group import Group
+from kvfold.attention.products import MAX_SCORES, AnyStored, Stored, merged, stored_rows
+from kvfold.attention.staged import StagedPlan
 from kvfold.kv.access import read_blocks, round_trip, write_blocks
 from kvfold.kv.format import PageFormat
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.packing import decode, encode
 from kvfold.kv.pool import PagePool
-
-MAX_SCORES = 2**24  # float32 scores held at once; more queries than that are worked off in tiles
+from kvfold.kv.staged import StagedLayout
+from kvfold.kv.tables import PageTables
 
 
 class ReferenceBackend:
     """Implements `AttentionBackend` for every page format, in float32."""
 
-    def plan(self, pool: PagePool, layout: CacheLayout, steps: Sequence[SequenceStep], scale: float) -> "ReferencePlan":
+    def plan(
+        self, pool: PagePool, layout: CacheLayout | StagedLayout, steps: Sequence[SequenceStep[Any]], scale: float
+    ) -> Plan:
+        if isinstance(layout, StagedLayout):
+            return StagedPlan(pool, layout, steps, scale)
         return ReferencePlan(pool, layout, steps, scale)
 
 
 class ReferencePlan:
     """Sequences with one new token are worked on together, longer ones one by one (padding would cost more)."""
 
-    def __init__(self, pool: PagePool, layout: CacheLayout, steps: Sequence[SequenceStep], scale: float) -> None:
+    def __init__(
+        self, pool: PagePool, layout: CacheLayout, steps: Sequence[SequenceStep[PageTables]], scale: float
+    ) -> None:
         decoding = [s for s in steps if s.count == 1]
         batches = ([decoding] if decoding else []) + [[s] for s in steps if s.count > 1]
         self._groups = [Group(layout, batch) for batch in batches]
@@ -86,45 +95,21 @@ class ReferencePlan:
         lse = q.new_empty(q.shape[:-1])
         window = self._layout.windows[layer]
         for fmt, heads in group.formats(layer):
-            far_k, far_v = self._far(group, layer, fmt, heads)
-            near_mask, far_mask = group.near_mask(window), group.far_mask(fmt, window)
-            values = near_v[:, heads]
-            for mask, rows in ((near_mask, values), (far_mask, far_v)):
-                # Rows that nobody wrote may hold NaN, and 0 x NaN is NaN; keys are covered by the scores' mask.
-                rows.masked_fill_(~mask.any(1)[:, None, None], 0)
-            keys = near_k.shape[-1] + far_k.shape[-1]
-            tile = max(1, MAX_SCORES // (n * len(heads) * q.shape[2] * keys))
+            near_mask = group.near_mask(window, self._layout.keeps_sinks(layer))[:, None]
+            near = Stored.plain(near_k[:, heads], near_v[:, heads], near_mask)
+            far = self._far(group, layer, fmt, heads)
+            tile = max(1, MAX_SCORES // (n * len(heads) * q.shape[2] * (near.rows + far.rows)))
             for t in range(0, lq, tile):
-                part = q[:, heads, :, t : t + tile]
-                mask = torch.cat([near_mask[:, t : t + tile], far_mask[:, t : t + tile]], -1)[:, None, None]
-                out[:, heads, :, t : t + tile], lse[:, heads, :, t : t + tile] = _softmax_attention(
-                    part, mask, (near_k[:, heads], far_k), (values, far_v)
-                )
+                part = slice(t, t + tile)
+                result = merged(q[:, heads, :, part], [near.tile(part), far.tile(part)])
+                out[:, heads, :, part], lse[:, heads, :, part] = result.out, result.lse
         return out.permute(0, 3, 1, 2, 4).reshape(n, lq, n_heads, d), lse.permute(0, 3, 1, 2).reshape(n, lq, n_heads)
 
-    def _far(self, group: Group, layer: int, fmt: PageFormat, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """Sealed keys and values of some heads, float32 [N, heads, kept, rows]."""
-        first, last = group.columns(fmt, self._layout.windows[layer])
+    def _far(self, group: Group, layer: int, fmt: PageFormat, heads: Tensor) -> AnyStored:
+        """Sealed keys and values of some heads."""
+        window = self._layout.windows[layer]
+        first, last = group.columns(fmt, window)
         pages = group.far_pages(layer)[:, heads, first:last].reshape(group.n * len(heads), -1)
-        rows = decode(fmt, read_blocks(self._data, fmt, pages))
-        keys, values = (x.view(group.n, len(heads), x.shape[1], x.shape[2]) for x in rows)
-        return keys, values
-
-
-def _softmax_attention(
-    q: Tensor, mask: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """q: [N, G, g, Lq, d]; mask: bool, broadcast over the scores; keys and values: near and far [N, G, kept, rows].
-
-    Dimensions beyond the kept ones count as 0 in keys and values.
-    """
-    n, heads, group, lq, d = q.shape
-    flat = q.reshape(n, heads, group * lq, d)
-    scores = torch.cat([flat[..., : k.shape[2]] @ k for k in keys], -1).unflatten(2, (group, lq))
-    scores.masked_fill_(~mask, float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp_().flatten(2, 3).split([k.shape[-1] for k in keys], -1)
-    out = torch.zeros_like(flat)
-    for p, v in zip(weights, values, strict=True):
-        out[..., : v.shape[2]] += p @ v.transpose(-1, -2)
-    return out.view_as(q), lse
+        blocks = read_blocks(self._data, fmt, pages)
+        mask = group.far_mask(fmt, window)[:, None]
+        return stored_rows(fmt, blocks, (group.n, len(heads)), mask, [None] * group.n, layer, heads)

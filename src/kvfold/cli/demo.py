@@ -41,9 +41,9 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Answer a question over a document of 6,000 tokens with the dense cache and with METHOD."""
-    from kvfold.methods.registry import build_codec
+    from kvfold.methods.registry import build_method
 
-    build_codec(kv)  # a misspelt method fails before the dense run
+    build_method(kv)  # a misspelt method fails before the dense run
     prompt = demo_prompt()
     runs = [run_once(model, method, prompt, max_tokens, dtype) for method in (DENSE, kv)]
     if json:

@@ -63,14 +63,14 @@ def serve(
     memory, body = parse_bytes(kv_memory), parse_bytes(max_body)
     key = _read_key(api_key, api_key_file)
 
-    from kvfold.methods.registry import build_codec
+    from kvfold.methods.registry import build_method
     from kvfold.server.messages import EngineOptions
     from kvfold.server.options import ServerOptions
     from kvfold.server.serve import listen
     from kvfold.server.serve import serve as run
 
     for method in methods:
-        build_codec(method)
+        build_method(method)
     engine = EngineOptions(
         model=model,
         kv=methods,

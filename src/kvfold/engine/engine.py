@@ -18,9 +18,11 @@ from kvfold.engine.row_state import RowState
 from kvfold.engine.runner import Runner, StepResult
 from kvfold.engine.sampler import Sampler
 from kvfold.engine.scheduler import Scheduler
-from kvfold.engine.sequence import Request, Sequence
+from kvfold.engine.sequence import LogitsTap, Request, Sequence
 from kvfold.engine.stats import EngineStats, PoolMap, collect_stats, map_pool
 from kvfold.errors import PromptError
+from kvfold.kv.staged import StagedLayout
+from kvfold.kv.staged_tables import StagedTables
 from kvfold.model.decoder import Decoder
 
 if TYPE_CHECKING:  # xgrammar is read with the first grammar
@@ -39,8 +41,9 @@ class Engine:
         backend: AttentionBackend | None = None,
     ) -> None:
         self.lanes = list(lanes)
-        self.memory = KVMemory(config.kv_memory, [lane.layout for lane in lanes], config.chunk)
-        self.scheduler = Scheduler(config, self.memory)
+        layouts, stagings = [lane.layout for lane in lanes], [lane.staging for lane in lanes]
+        self.memory = KVMemory(config.kv_memory, layouts, stagings, config.chunk)
+        self.scheduler = Scheduler(config, self.memory, self._settle)
         self._spec = decoder.spec
         self._tokenizer = tokenizer
         self._config = config
@@ -51,6 +54,7 @@ class Engine:
         # Totals since the start; a prompt that is computed again after preemption counts again.
         self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.evicted_tokens = 0.0  # that methods dropped, averaged over heads
 
     @property
     def has_unfinished(self) -> bool:
@@ -65,10 +69,13 @@ class Engine:
         lane: int = 0,
         request_id: str | None = None,
         grammar: bytes | None = None,
+        context: int | None = None,
+        tap: LogitsTap | None = None,
     ) -> str:
         """Queues a request and returns its id.
 
-        grammar: from a `GrammarCompiler` of this model; each completion must follow it.
+        grammar: from a `GrammarCompiler` of this model; each completion must follow it. context: prompt tokens that
+        a method with compress="context" compresses before it reads the others. tap: receives logits of the prompt.
         Raises PromptError or MemoryLimitError for a prompt that can never be served, GrammarError for bytes that
         are no grammar.
         """
@@ -80,10 +87,12 @@ class Engine:
             raise PromptError(f"token id {outside[0]} is not in the vocabulary; give ids below {self._spec.vocab}")
         params.check_vocabulary(self._spec.vocab)
         length, positions = len(prompt_token_ids), self._spec.max_positions
-        self.memory.check_prompt(lane, length, positions)
+        context = self._context(lane, length, context)
+        self.memory.check_prompt(lane, length, positions, context)
         wanted = positions if params.max_tokens is None else min(length + params.max_tokens, positions)
-        limit = self.memory.longest(lane, wanted)
-        request = Request(request_id, prompt, list(prompt_token_ids), params, lane, RequestMetrics(time.monotonic()))
+        limit = self.memory.longest(lane, wanted, context)
+        metrics = RequestMetrics(time.monotonic())
+        request = Request(request_id, prompt, list(prompt_token_ids), params, lane, metrics, context, tap)
         for index in range(params.n):
             output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
             row = RowState.create(
@@ -101,6 +110,20 @@ class Engine:
         # The others of n sequences join when the first one has computed the prompt.
         self.scheduler.add(request.sequences[0])
         return request_id
+
+    def _context(self, lane: int, length: int, context: int | None) -> int:
+        """Prompt tokens before the first event after the context."""
+        if self.lanes[lane].method.compress == "prompt":
+            return length
+        if context is None:
+            label = self.lanes[lane].label
+            raise PromptError(
+                f"{label} compresses a context before the question is read, and this prompt marks none; "
+                'give the context apart ({"context": ..., "prompt": ...}) or use compress="prompt"'
+            )
+        if not 0 < context <= length:
+            raise PromptError(f"context={context} is out of range; give 1 to the prompt's {length} tokens")
+        return context
 
     @cached_property
     def _grammars(self) -> "GrammarReader":
@@ -126,7 +149,13 @@ class Engine:
         self.prompt_tokens += sum(s.prompt_count for s in scheduled)
         result = self._runner.run(scheduled)
         self._collect_prompt_logprobs(result)
-        self._snapshot([s.sequence for s in scheduled])
+        for item in scheduled:
+            tables = item.sequence.held
+            if not isinstance(tables, StagedTables):
+                self._snapshot(item.sequence)
+            elif tables.due:
+                self._remember_context(item.sequence)
+                self._settle(item.sequence)
         changed = self._sample(result)
         for request in changed:
             if request.finished:
@@ -154,19 +183,33 @@ class Engine:
                 request.prompt_logprobs = [None]
             request.prompt_logprobs += values.as_dicts()
 
-    def _snapshot(self, sequences: list[Sequence]) -> None:
+    def _settle(self, sequence: Sequence) -> None:
+        """Compresses what a staged sequence holds."""
+        staging, tables = self.lanes[sequence.request.lane].staging, sequence.held
+        assert staging is not None and isinstance(tables, StagedTables)  # noqa: PT018
+        before = tables.resident
+        staging.settle(self.memory.pool, tables)
+        self.evicted_tokens += before - tables.resident
+        self.scheduler.reconsider()
+
+    def _snapshot(self, sequence: Sequence) -> None:
         """Keeps the state of prompts, at block boundaries and at their end, for requests with the same beginning:
         the next turn of a conversation begins with this one's prompt, whatever becomes of the answer's tokens."""
-        for sequence in sequences:
-            computed, prompt = sequence.computed, len(sequence.request.prompt_token_ids)
-            if computed == prompt or (computed % self._config.prefix_block == 0 and computed < prompt):
-                self._remember(sequence)
+        computed, prompt = sequence.computed, len(sequence.request.prompt_token_ids)
+        if computed == prompt or (computed % self._config.prefix_block == 0 and computed < prompt):
+            self._remember(sequence)
+
+    def _remember_context(self, sequence: Sequence) -> None:
+        """Keeps a context as it is before it is compressed, for other questions about it and other staged methods."""
+        request, layout = sequence.request, sequence.held.layout
+        inside = sequence.computed == request.context < len(request.prompt_token_ids)
+        if inside and isinstance(layout, StagedLayout) and layout.chunk is None:
+            self._remember(sequence)
 
     def _remember(self, sequence: Sequence) -> None:
-        lane = sequence.request.lane
-        if self._config.prefix_caching and self.lanes[lane].codec.shares_prefixes:
+        if self._config.prefix_caching:
             tables = sequence.held.fork(self.memory.pool)
-            self.memory.prefixes[lane].insert(sequence.tokens[: tables.length], tables)
+            self.memory.prefixes[sequence.request.lane].insert(sequence.tokens[: tables.length], tables)
             self.scheduler.reconsider()
 
     def _sample(self, result: StepResult) -> list[Request]:
@@ -234,7 +277,7 @@ class Engine:
         sequence.request.metrics.finished_time = time.monotonic()
         if sequence.tables is not None:
             sequence.kv_bytes, sequence.kv_tokens = sequence.tables.nbytes, sequence.computed
-            if reason in ("stop", "length"):
+            if reason in ("stop", "length") and not isinstance(sequence.tables, StagedTables):
                 self._remember(sequence)
         self.scheduler.release(sequence)
 

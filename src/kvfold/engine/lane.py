@@ -6,33 +6,42 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvfold.kv.layout import CacheLayout
-from kvfold.methods.base import AttentionWeights, CacheShape, Codec
+from kvfold.kv.staged import StagedLayout
+from kvfold.methods.base import AttentionWeights, CacheShape
+from kvfold.methods.method import Method
+from kvfold.methods.staging import Staging
 from kvfold.model.decoder import Decoder
 from kvfold.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class MethodLane:
-    """A codec with its layout of the cache and the attention weights it folded; `label` is how users call it."""
+    """A method with its layout of the cache and the attention weights it folded; `label` is how users call it.
+
+    staging: what happens at the events of a staged layout; None where the layout is not staged.
+    """
 
     label: str
-    codec: Codec
-    layout: CacheLayout
+    method: Method
+    layout: CacheLayout | StagedLayout
     weights: list[AttentionWeights]
+    staging: Staging | None = None
 
 
 def cache_shape(spec: ModelSpec, raw_bits: int) -> CacheShape:
     """What methods may know of a model; raw_bits: width of uncompressed elements, 16 or 32."""
     windows = tuple(layer.window for layer in spec.layer_specs)
-    return CacheShape(spec.n_layers, spec.heads, spec.kv_heads, spec.head_dim, windows, spec.rope, raw_bits)
+    frequencies = tuple(None if layer.rope is None else layer.rope.inv_freq for layer in spec.layer_specs)
+    sizes = (spec.n_layers, spec.heads, spec.kv_heads, spec.head_dim)
+    return CacheShape(*sizes, windows, spec.rope, raw_bits, frequencies)
 
 
 def build_lane(
-    decoder: Decoder, label: str, codec: Codec, raw_bits: int, statistics: Mapping[str, Tensor] | None = None
+    decoder: Decoder, label: str, method: Method, raw_bits: int, statistics: Mapping[str, Tensor] | None = None
 ) -> MethodLane:
-    """Prepares a codec for a model. statistics: the calibration's tensors, for codecs that need it."""
-    prepared = codec.prepare(cache_shape(decoder.spec, raw_bits), statistics)
+    """Prepares a method for a model. statistics: the calibration's tensors, for methods that need it."""
+    ready = method.prepare(cache_shape(decoder.spec, raw_bits), statistics)
     weights = list(decoder.attention_weights)
-    if prepared.transform is not None:
-        weights = [prepared.transform(layer, w) for layer, w in enumerate(weights)]
-    return MethodLane(label, codec, prepared.layout, weights)
+    if ready.transform is not None:
+        weights = [ready.transform(layer, w) for layer, w in enumerate(weights)]
+    return MethodLane(label, method, ready.layout, weights, ready.staging)

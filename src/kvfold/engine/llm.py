@@ -1,6 +1,7 @@
 """The offline face of the engine, in the conventions of vLLM."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from kvfold.engine.params import SamplingParams
 from kvfold.engine.prompts import Messages, Prompt, encode, list_conversations, list_prompts, render_chat, tokenize
 from kvfold.engine.search import Trial, search_bits
 from kvfold.errors import ConfigError, ModelError, PromptError
-from kvfold.methods.registry import build_codec
+from kvfold.methods.registry import build_method
 from kvfold.methods.zeroc import ZeroC
 from kvfold.model.loading import LoadedModel, load_model
 
@@ -60,7 +61,7 @@ class LLM:
         )
         methods = list_methods(kv)
         for method in methods:
-            build_codec(method)  # a misspelt method fails before the model is loaded
+            build_method(method)  # a misspelt method fails before the model is loaded
         if threads is not None:
             if not isinstance(threads, int) or threads < 1:
                 raise ConfigError(f"threads={threads!r} is out of range; give a positive integer")
@@ -166,11 +167,12 @@ def prepare_lane(
     model: LoadedModel, kv: str, raw_bits: int, calibration: Path | None = None, progress: Progress = SILENT
 ) -> tuple[MethodLane, list[Trial]]:
     """Builds the lane of a method string; calibrates or searches first where the method asks for it."""
-    codec = build_codec(kv)
-    if not codec.needs_calibration:
-        return build_lane(model.decoder, kv, codec, raw_bits), []
+    method = build_method(kv)
+    if not method.needs_calibration:
+        return build_lane(model.decoder, kv, method, raw_bits), []
     path, artifact = find_artifact(model, calibration, progress)
     curve: list[Trial] = []
-    if isinstance(codec, ZeroC) and codec.max_loss is not None:
-        codec, curve = search_bits(model, codec, artifact, path, raw_bits, progress)
-    return build_lane(model.decoder, kv, codec, raw_bits, artifact.tensors), curve
+    if isinstance(method.codec, ZeroC) and method.codec.max_loss is not None:
+        codec, curve = search_bits(model, method.codec, artifact, path, raw_bits, progress)
+        method = replace(method, codec=codec)
+    return build_lane(model.decoder, kv, method, raw_bits, artifact.tensors), curve

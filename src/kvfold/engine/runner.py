@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,10 +55,11 @@ class Runner:
     def _batch_lanes(self, ordered: Seq[Scheduled]) -> list[Lane]:
         lanes, first = [], 0
         for index, lane in enumerate(self._lanes):
-            steps, count = [], 0
+            steps: list[SequenceStep[Any]] = []
+            count = 0
             for item in ordered:
                 if item.sequence.request.lane == index:
-                    steps.append(SequenceStep(item.sequence.held, count, item.count))
+                    steps.append(SequenceStep[Any](item.sequence.held, count, item.count))
                     count += item.count
             if steps:
                 scale = self._decoder.spec.attention_scale
@@ -87,5 +89,10 @@ class Runner:
                 logits = self._decoder.logits(hidden[first + begin - start - 1 : first + end - start - 1])
                 values = token_logprobs(logits, torch.tensor(prompt[begin:end]), top)
                 prompt_logprobs.append((sequence, begin, values))
+            tap = sequence.request.tap
+            if tap is not None:
+                begin, end = max(start, tap.start), min(start + item.count, len(prompt))
+                if begin < end:
+                    tap.receive(begin, self._decoder.logits(hidden[first + begin - start : first + end - start]))
             first += item.count
         return StepResult(ready, self._decoder.logits(hidden[rows]), prompt_logprobs)

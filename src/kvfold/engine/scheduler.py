@@ -1,11 +1,14 @@
 """Which tokens of which sequences run in the next step: first come, first served, by bytes of the pool."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvfold.config.engine import EngineConfig
-from kvfold.engine.memory import KVMemory
+from kvfold.engine.memory import KVMemory, Tables
 from kvfold.engine.sequence import Sequence
+from kvfold.kv.layout import CacheLayout
+from kvfold.kv.staged_tables import StagedTables
 from kvfold.kv.tables import PageTables
 
 
@@ -25,9 +28,11 @@ class Scheduled:
 
 class Scheduler:
     """Sequences wait in order of arrival and run in order of arrival. When memory runs out the youngest running
-    one is preempted: its pages are freed, and it computes its tokens again when it gets back."""
+    one is preempted: its pages are freed, and it computes its tokens again when it gets back.
 
-    def __init__(self, config: EngineConfig, memory: KVMemory) -> None:
+    settle: runs the event that a sequence's tables are due for, its spare pages being reserved."""
+
+    def __init__(self, config: EngineConfig, memory: KVMemory, settle: Callable[[Sequence], None]) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._refused: Sequence | None = None  # whoever waits first and did not fit: asking again costs much
@@ -38,6 +43,7 @@ class Scheduler:
         self.prefix_hit_tokens = 0
         self._config = config
         self._memory = memory
+        self._settle = settle
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -100,7 +106,9 @@ class Scheduler:
 
     def _count(self, sequence: Sequence, budget: int) -> int:
         end = min(len(sequence), sequence.computed + min(self._config.chunk, budget))
-        if self._config.prefix_caching:
+        if isinstance(sequence.tables, StagedTables):
+            end = min(end, sequence.tables.next_event)
+        elif self._config.prefix_caching:
             # Chunks end where snapshots are taken, if they can.
             aligned = end - end % self._config.prefix_block
             end = aligned if aligned > sequence.computed else end
@@ -125,19 +133,33 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence its tables if all that runs, and it, fit for a while; a lone one always runs."""
-        memory, lane = self._memory, sequence.request.lane
-        tables = None
-        if self._config.prefix_caching and sequence.request.params.prompt_logprobs is None:
-            tables = memory.prefixes[lane].match(sequence.tokens)
-        tables = tables or PageTables(memory.layouts[lane])
-        promised = sum(memory.wanted(s.request.lane, len(s), s.limit, len(s.held.pages())) for s in self.running)
-        wanted = memory.wanted(lane, len(sequence), sequence.limit, len(tables.pages()))
-        if self.running and promised + wanted > memory.available():
+        memory = self._memory
+        tables = self._known(sequence) or memory.new_tables(sequence.request.lane, sequence.request.context)
+        promised = sum(memory.wanted(s, s.held) for s in self.running)
+        due = isinstance(tables, StagedTables) and tables.due
+        fits = not self.running or promised + memory.wanted(sequence, tables) <= memory.available()
+        if not fits or (due and not memory.reserve(tables, tables.length)):
             tables.release(memory.pool)
             return False
         sequence.tables = tables
+        if due:
+            self._settle(sequence)
         if sequence.request.metrics.first_token_time is None:
             sequence.request.metrics.cached_prompt_tokens = tables.length
             self.prefix_queried_tokens += len(sequence)
             self.prefix_hit_tokens += tables.length
         return True
+
+    def _known(self, sequence: Sequence) -> Tables | None:
+        """A fork of what is known of the sequence's beginning, if anything."""
+        request, pool = sequence.request, self._memory.pool
+        if not self._config.prefix_caching or request.params.prompt_logprobs is not None:
+            return None
+        index, layout = self._memory.prefixes[request.lane], self._memory.layouts[request.lane]
+        if isinstance(layout, CacheLayout):
+            known: PageTables | None = index.match(sequence.tokens)
+            return None if known is None else known.fork(pool)
+        # The last token of a prompt has to be computed for its logits, and nothing may have been dropped before.
+        whole = layout.chunk is None and request.context < len(request.prompt_token_ids)
+        context: StagedTables | None = index.find(sequence.tokens[: request.context]) if whole else None
+        return None if context is None else context.fork(pool, layout)

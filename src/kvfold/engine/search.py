@@ -15,6 +15,7 @@ from kvfold.engine.lane import build_lane, cache_shape
 from kvfold.engine.scoring import score
 from kvfold.errors import CalibrationError
 from kvfold.methods.dense import Dense
+from kvfold.methods.method import Method
 from kvfold.methods.zeroc import ZeroC
 from kvfold.model.loading import LoadedModel
 
@@ -45,8 +46,8 @@ def search_bits(
     key = _key(codec, artifact)
     known = _read(path, key)
 
-    def perplexity(method: ZeroC | Dense, what: str) -> float:
-        lane = build_lane(model.decoder, what, method, raw_bits, artifact.tensors)
+    def perplexity(codec: ZeroC | Dense, what: str) -> float:
+        lane = build_lane(model.decoder, what, Method(codec), raw_bits, artifact.tensors)
         engine = Engine(model.decoder, model.tokenizer, [lane], config)
         return score(engine, windows, what=f"measuring {what}", progress=progress).perplexity
 

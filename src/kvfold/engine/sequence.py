@@ -1,17 +1,33 @@
 """Requests and their sequences: one progress variable, `tables.length`, catches up with the number of tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from kvfold.engine.detokenizer import Detokenizer
 from kvfold.engine.outputs import CompletionOutput, Logprob, RequestMetrics
 from kvfold.engine.params import SamplingParams
 from kvfold.engine.row_state import RowState
+from kvfold.kv.staged_tables import StagedTables
 from kvfold.kv.tables import PageTables
+
+
+@dataclass(frozen=True)
+class LogitsTap:
+    """`receive` is called with (first position p, logits float32 [n, V]) for all prompt positions from `start` on,
+    in order; the logits at p predict token p + 1. After preemption positions may come twice."""
+
+    start: int
+    receive: Callable[[int, Tensor], None]
 
 
 @dataclass(eq=False)
 class Request:
-    """What a user asked for: a prompt, parameters, a lane (compression method) and `params.n` sequences."""
+    """What a user asked for: a prompt, parameters, a lane (compression method) and `params.n` sequences.
+
+    context: how many of the prompt's tokens are read before a staged method compresses them.
+    """
 
     id: str
     prompt: str | None
@@ -19,6 +35,8 @@ class Request:
     params: SamplingParams
     lane: int
     metrics: RequestMetrics
+    context: int
+    tap: LogitsTap | None = None
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
@@ -36,7 +54,7 @@ class Sequence:
     detokenizer: Detokenizer
     output: CompletionOutput
     limit: int  # tokens, prompt and output, at which it ends
-    tables: PageTables | None = None
+    tables: PageTables | StagedTables | None = None
     kv_bytes: int = 0  # held when it ended
     kv_tokens: int = 0
 
@@ -64,7 +82,7 @@ class Sequence:
         return 0 if self.tables is None else self.tables.length
 
     @property
-    def held(self) -> PageTables:
+    def held(self) -> PageTables | StagedTables:
         """The tables of a running sequence."""
         assert self.tables is not None, "only running sequences hold tables"
         return self.tables

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvfold.engine.lane import cache_shape
-from kvfold.methods.registry import build_codec
+from kvfold.methods.registry import build_method
 from kvfold.methods.zeroc import flat_statistics
 from kvfold.model.loading import load_spec
 
@@ -36,11 +36,11 @@ class ModelInfo:
 
 def describe(model: str | Path, kv: str, memory: int) -> ModelInfo:
     """Reads a model's configuration (not its weights) and lays its cache out. memory: bytes for KV pages."""
-    codec = build_codec(kv)
+    method = build_method(kv)
     spec = load_spec(model)
     shape = cache_shape(spec, 16)
-    statistics = flat_statistics(shape) if codec.needs_calibration else None
-    layout = codec.prepare(shape, statistics).layout
+    statistics = flat_statistics(shape) if method.needs_calibration else None
+    layout = method.prepare(shape, statistics).layout
     pages = memory // layout.page_bytes
     return ModelInfo(
         family=spec.family,

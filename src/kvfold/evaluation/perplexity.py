@@ -14,8 +14,8 @@ from kvfold.engine.scoring import Score, score
 from kvfold.engine.search import Trial
 from kvfold.errors import ConfigError, PromptError
 from kvfold.methods.dense import Dense
-from kvfold.methods.registry import build_codec
-from kvfold.methods.zeroc import code_bits
+from kvfold.methods.method import Method
+from kvfold.methods.registry import build_method
 from kvfold.model.loading import LoadedModel, load_model
 
 CONCURRENT = 4  # windows that the default KV memory holds at once
@@ -62,7 +62,7 @@ def evaluate(
 
     max_tokens: most tokens of text to use. Raises ConfigError or PromptError for what cannot be evaluated.
     """
-    build_codec(kv)
+    build_method(kv)
     if window < 2 or (max_tokens is not None and max_tokens < 2):
         raise ConfigError("a window and max_tokens below 2 predict nothing; give at least 2")
     content = read_text(text).part(start, stop).content
@@ -74,7 +74,7 @@ def evaluate(
     windows = _windows(loaded, content, window, max_tokens)
     began = monotonic()
     lane, curve = prepare_lane(loaded, kv, raw_bits, calibration, progress)
-    dense = build_lane(loaded.decoder, Dense.name, Dense(), raw_bits)
+    dense = build_lane(loaded.decoder, Dense.name, Method(Dense()), raw_bits)
     if kv_memory is None:
         kv_memory = CONCURRENT * dense.layout.pages(window + 64) * dense.layout.page_bytes
     config = EngineConfig(kv_memory, chunk, chunk * CONCURRENT, prefix_caching=False)
@@ -84,7 +84,7 @@ def evaluate(
         return score(engine, windows, what=f"perplexity with {which.label}", progress=progress)
 
     reference = scored(dense)
-    found = reference if isinstance(lane.codec, Dense) else scored(lane)
+    found = reference if lane.method == Method(Dense()) else scored(lane)
     return PerplexityReport(
         perplexity=found.perplexity,
         dense_perplexity=reference.perplexity,
@@ -94,7 +94,7 @@ def evaluate(
         dense_kv_bytes=found.dense_kv_bytes,
         compression=found.dense_kv_bytes / found.kv_bytes,
         bits_per_element=8 * found.kv_bytes / found.elements,
-        code_bits=code_bits(lane.layout),
+        code_bits=lane.layout.code_bits,
         seconds=round(monotonic() - began, 3),
         curve=curve,
     )

@@ -18,6 +18,7 @@ from itertools import groupby
 RAW_BITS = (16, 32)  # stored as floating point numbers, not as codes
 CODE_BITS = tuple(range(1, 9))
 SCALE_BYTES = 2  # float16, one offset and one step each
+SUM_BYTES = 2  # int16
 
 
 class Scale(StrEnum):
@@ -26,6 +27,7 @@ class Scale(StrEnum):
     STATIC = "static"  # nowhere in the page: rows arrive in code units, centred on the middle of the code range
     TOKEN = "token"  # per token and group of dimensions
     CHANNEL = "channel"  # per dimension of the block
+    STEP = "step"  # per token: one byte for the step's logarithm; codes are centred, there is no offset
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class Row:
     """How the key rows (or the value rows) of one block are laid out.
 
     `segments` cover a prefix of the head's dimensions; what they leave out is dropped (0 bits) and reads back as 0.
-    `group` is the number of dimensions that share a token scale (None: all of them).
+    `group` is the number of dimensions that share a token scale (None: all of them). sums: the sum of the codes that
+    share a scale is stored beside it, for attention that multiplies codes (HACK).
     """
 
     segments: tuple[Segment, ...]
     scale: Scale = Scale.STATIC
     group: int | None = None
+    sums: bool = False
 
     def __post_init__(self) -> None:
         raw = [s.bits in RAW_BITS for s in self.segments]
@@ -74,6 +78,8 @@ class Row:
             raise ValueError("raw segments of one row share a width")
         if self.group is not None and (self.scale is not Scale.TOKEN or self.kept % self.group):
             raise ValueError("a group must divide the dimensions of a row with token scales")
+        if self.sums and self.scale not in (Scale.TOKEN, Scale.CHANNEL):
+            raise ValueError("sums of codes need offsets that they correct")
 
     @cached_property
     def kept(self) -> int:
@@ -100,7 +106,9 @@ class Row:
         return sum(s.bits * s.dims for s in self.segments)
 
     def scale_count(self, block: int) -> int:
-        """Number of (offset, step) pairs in one block."""
+        """Number of scales in one block."""
+        if self.scale is Scale.STEP:
+            return block if self.kept else 0
         if self.scale is Scale.TOKEN:
             return block * (self.kept // (self.group or self.kept)) if self.kept else 0
         return self.kept if self.scale is Scale.CHANNEL else 0
@@ -123,7 +131,12 @@ class Row:
 
     def nbytes(self, block: int) -> int:
         """Bytes of one block of this row, scales included."""
-        return self.code_bits * block // 8 + 2 * SCALE_BYTES * self.scale_count(block)
+        return self.code_bits * block // 8 + self.scale_bytes * self.scale_count(block)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of one scale: its offset, step and sum, or the step's logarithm alone."""
+        return 1 if self.scale is Scale.STEP else 2 * SCALE_BYTES + SUM_BYTES * self.sums
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,11 @@ class PageFormat:
     def capacity(self) -> int:
         """Tokens per page."""
         return self.blocks * self.block
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether the tokens of a block can only be kept or dropped together, because they share scales."""
+        return Scale.CHANNEL in (self.key.scale, self.value.scale)
 
     @property
     def bytes_per_token(self) -> float:

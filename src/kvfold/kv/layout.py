@@ -28,6 +28,7 @@ class CacheLayout:
     recent: int
     windows: tuple[int | None, ...]
     exact: bool = False  # sealed pages read back what was written: no near pages, everything is sealed at once
+    sunk: tuple[bool, ...] = ()  # layers whose window does not hide the sinks (empty: none)
 
     def __post_init__(self) -> None:
         sizes = {fmt.page_bytes for layer in self.far for fmt in layer} | {self.near.page_bytes}
@@ -37,6 +38,10 @@ class CacheLayout:
             raise ValueError("pages hold whole seal units and seal units whole blocks")
         if self.near.block != 1:
             raise ValueError("near pages are written token by token")
+
+    def keeps_sinks(self, layer: int) -> bool:
+        """Whether every query of a layer sees the sinks, however far behind its window they are."""
+        return bool(self.sunk) and self.sunk[layer]
 
     @property
     def layers(self) -> int:
@@ -49,6 +54,12 @@ class CacheLayout:
     @property
     def page_bytes(self) -> int:
         return self.near.page_bytes
+
+    @property
+    def code_bits(self) -> float:
+        """Bits per element of far pages, page ends included, averaged over heads."""
+        per_token = [fmt.bytes_per_token for layer in self.far for fmt in layer]
+        return sum(per_token) * 8 / (len(per_token) * 2 * self.near.head_dim)
 
     @cached_property
     def seal(self) -> int:
@@ -108,9 +119,10 @@ class CacheLayout:
         """Per head the first far row that a query at position `length` or later can see, [layers * kv_heads]."""
         return np.clip(length - self.first_live + 1 - self.sinks, 0, self.far_tokens(length))
 
-    def most_pages(self, length: int, chunk: int) -> int:
+    def most_pages(self, length: int, chunk: int, context: int | None = None) -> int:
         """No fewer pages than a sequence holds at any time while it grows to `length` tokens, `chunk` at a time.
 
+        context: of no account here, unlike in a staged layout.
         Behind a window pages come and go, and how many there are depends on where the window's ends fall in them.
         """
         far = -(-self.far_tokens(length) // self.capacity)
@@ -121,7 +133,7 @@ class CacheLayout:
         held = np.minimum(far, (rows + self.capacity - 2) // self.capacity + 1)
         return int(held.sum()) + self.layers * self.kv_heads * near
 
-    def longest(self, pages: int, limit: int, chunk: int = 1) -> int:
+    def longest(self, pages: int, limit: int, chunk: int = 1, context: int | None = None) -> int:
         """The longest sequence up to `limit` tokens that `pages` pages surely hold while it grows by `chunk` tokens."""
         low, high = 0, limit
         while low < high:

@@ -1,5 +1,6 @@
 """Rows of numbers to the bytes of blocks and back: the definition that every kernel is tested against."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from kvfold.kv.format import SCALE_BYTES, PageFormat, Plane, Row, Scale
 
+STEPS_PER_OCTAVE = 12  # of a logarithmic step: from 2^-10.7 to 2^10.6, at most 6 % too large
+_STEPS = torch.exp2((torch.arange(256) - 128) / STEPS_PER_OCTAVE)
 _RAW_DTYPE = {16: torch.bfloat16, 32: torch.float32}
 
 
@@ -29,6 +32,23 @@ def decode(fmt: PageFormat, blocks: Tensor) -> tuple[Tensor, Tensor]:
         _decode_row(fmt.key, fmt.block, blocks[..., : fmt.key_bytes]),
         _decode_row(fmt.value, fmt.block, blocks[..., fmt.key_bytes : fmt.block_bytes]),
     )
+
+
+def take_tokens(fmt: PageFormat, blocks: Tensor, tokens: Tensor) -> Tensor:
+    """Blocks that hold some of the tokens of other blocks, bit for bit what they were.
+
+    blocks: uint8 [B, block_bytes]; tokens: int64 [n], n a multiple of the block, token t being the t % block-th of
+    block t // block. Where scales span the tokens of a block, tokens must come in whole blocks.
+    Returns uint8 [n / block, block_bytes].
+    """
+    if fmt.block == 1 or fmt.whole_blocks:
+        return blocks[tokens[:: fmt.block] // fmt.block]
+    parts = []
+    for row, data in ((fmt.key, blocks[:, : fmt.key_bytes]), (fmt.value, blocks[:, fmt.key_bytes : fmt.block_bytes])):
+        for fields, bits in _fields(row, fmt.block, data):
+            flat = fields.transpose(0, 1).flatten(1, -2)[:, tokens]  # [dims, n, bytes or 1]
+            parts.append(_packed(flat.unflatten(1, (-1, fmt.block)).transpose(0, 1), bits))
+    return torch.cat(parts, -1)
 
 
 @lru_cache(maxsize=4096)
@@ -71,10 +91,15 @@ def _encode_row(row: Row, block: int, x: Tensor) -> Tensor:
         scales: list[Tensor] = []
         if row.scale is Scale.STATIC:
             codes = x[..., row.raw :, :] + top / 2
+        elif row.scale is Scale.STEP:
+            codes, scales = _step(x, top)
         else:
             codes, scales = _scale(row, block, x, top)
         # Infinities clamp like any other outlier; NaN has no code and its conversion to integers is undefined.
         codes = torch.nan_to_num(codes).round_().clamp_(min=0).minimum(top).to(torch.uint8)
+        if row.sums:
+            groups = codes.reshape(*lead, *_scale_shape(row, block))
+            scales.append(groups.sum((-3, -1), dtype=torch.int16))
         parts += [_pack(codes, p.bits, p.shift, p.start - row.raw, p.stop - row.raw) for p in _planes(row, block)]
         parts += [_bytes(s, lead) for s in scales]
     return torch.cat(parts, -1) if parts else x.new_empty((*lead, 0), dtype=torch.uint8)
@@ -93,6 +118,13 @@ def _scale(row: Row, block: int, x: Tensor, top: Tensor) -> tuple[Tensor, list[T
     return codes.reshape(x.shape), [low, step]
 
 
+def _step(x: Tensor, top: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Codes [..., kept, block] (not yet rounded) around the middle, and the step's byte of each token."""
+    step = (2 * x.abs() / top).amax(-2, keepdim=True).clamp(min=1e-30)
+    byte = (STEPS_PER_OCTAVE * step.log2()).ceil().clamp(-128, 127) + 128
+    return x / _STEPS[byte.long()] + top / 2, [byte.to(torch.uint8)]
+
+
 def _pack(codes: Tensor, bits: int, shift: int, start: int, stop: int) -> Tensor:
     """uint8 codes [..., dims, block] to the bytes [..., n] of one plane."""
     part = (codes[..., start:stop, :] >> shift) & (2**bits - 1)
@@ -107,30 +139,66 @@ def _decode_row(row: Row, block: int, data: Tensor) -> Tensor:
     out = torch.empty(n, row.kept, b, block)
     if row.raw:
         size = row.raw * block * row.raw_bits // 8
-        raw = data[..., :size].contiguous().view(_RAW_DTYPE[row.raw_bits]).view(n, b, row.raw, block)
+        raw = data[..., :size].flatten().clone().view(_RAW_DTYPE[row.raw_bits]).view(n, b, row.raw, block)
         out[:, : row.raw].copy_(raw.transpose(1, 2))
     if row.kept > row.raw:
-        codes = torch.zeros(n, row.kept - row.raw, b, block, dtype=torch.uint8)
-        for p in _planes(row, block):
-            packed = data[..., p.offset : p.offset + p.size].view(n, b, p.stop - p.start, 1, block * p.bits // 8)
-            part = packed if p.bits == 8 else (packed >> _shifts(p.bits)) & (2**p.bits - 1)
-            part = part.reshape(n, b, p.stop - p.start, block).transpose(1, 2)
-            codes[:, p.start - row.raw : p.stop - row.raw] |= part << p.shift
+        codes = read_codes(row, block, data)
         coded = out[:, row.raw :]
-        if row.scale is Scale.STATIC:
+        if row.scale in (Scale.STATIC, Scale.STEP):
             torch.sub(codes, _centre(row)[:, None, None], out=coded)
+            if row.scale is Scale.STEP:
+                coded *= _STEPS[data[..., data.shape[-1] - block :].long()][:, None]
         else:
-            low, step = _read_scales(row, block, data)
+            low, step, _ = read_scales(row, block, data)
             groups = codes.view(n, *_scale_shape(row, block)[:2], b, *_scale_shape(row, block)[2:])
             coded.copy_((groups * step + low).view(n, row.kept, b, block))
     return out.view(n, row.kept, b * block)
 
 
-def _read_scales(row: Row, block: int, data: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets and steps, float32 [N, dimension groups, 1, B, token groups, 1]."""
+def _fields(row: Row, block: int, data: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """The parts of a row's bytes [B, n] as ([B, dims, block, bytes of a number or 1], bits of a code or 8)."""
+    b = len(data)
+    raw = row.raw * block * row.raw_bits // 8
+    yield data[:, :raw].view(b, row.raw, block, row.raw_bits // 8), 8
+    for p in _planes(row, block):
+        packed = data[:, p.offset : p.offset + p.size].view(b, p.stop - p.start, 1, block * p.bits // 8)
+        codes = packed if p.bits == 8 else (packed >> _shifts(p.bits)) & (2**p.bits - 1)
+        yield codes.reshape(b, p.stop - p.start, block, 1), p.bits
+    size = 1 if row.scale is Scale.STEP else SCALE_BYTES
+    scales = row.scale_count(block) * row.scale_bytes
+    yield data[:, data.shape[1] - scales :].view(b, scales // (block * size), block, size), 8
+
+
+def _packed(fields: Tensor, bits: int) -> Tensor:
+    """The inverse of one part of `_fields`, [B, n]."""
+    if bits == 8:
+        return fields.flatten(1)
+    return _pack(fields[..., 0], bits, 0, 0, fields.shape[1])
+
+
+def read_codes(row: Row, block: int, data: Tensor) -> Tensor:
+    """The codes of blocks uint8 [N, B, bytes of the row], uint8 [N, kept - raw, B, block]."""
+    n, b = data.shape[:2]
+    codes = torch.zeros(n, row.kept - row.raw, b, block, dtype=torch.uint8)
+    for p in _planes(row, block):
+        packed = data[..., p.offset : p.offset + p.size].view(n, b, p.stop - p.start, 1, block * p.bits // 8)
+        part = packed if p.bits == 8 else (packed >> _shifts(p.bits)) & (2**p.bits - 1)
+        part = part.reshape(n, b, p.stop - p.start, block).transpose(1, 2)
+        codes[:, p.start - row.raw : p.stop - row.raw] |= part << p.shift
+    return codes
+
+
+def read_scales(row: Row, block: int, data: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Offsets, steps and, if stored, sums of codes, float32 [N, dimension groups, 1, B, token groups, 1]."""
     n, b = data.shape[:2]
     count = row.scale_count(block)
-    raw = data[..., data.shape[-1] - 2 * SCALE_BYTES * count :].contiguous().view(torch.float16)
+    each = count * row.scale_bytes // SCALE_BYTES
+    numbers = data[..., data.shape[-1] - row.scale_bytes * count :].flatten().clone()  # a view may begin at an odd byte
     dims, _, tokens, _ = _scale_shape(row, block)
-    shaped = raw.view(n, b, 2, dims, tokens).permute(2, 0, 3, 1, 4).float()
-    return shaped[0].view(n, dims, 1, b, tokens, 1), shaped[1].view(n, dims, 1, b, tokens, 1)
+
+    def shaped(raw: Tensor) -> Tensor:
+        return raw.view(n, b, dims, tokens).transpose(1, 2).float().reshape(n, dims, 1, b, tokens, 1)
+
+    low, step = (shaped(numbers.view(torch.float16).view(n, b, each)[..., count * i : count * (i + 1)]) for i in (0, 1))
+    sums = shaped(numbers.view(torch.int16).view(n, b, each)[..., 2 * count :]) if row.sums else None
+    return low, step, sums

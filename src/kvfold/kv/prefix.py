@@ -3,14 +3,18 @@
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from kvfold.kv.pool import PagePool
+from kvfold.kv.staged_tables import StagedTables
 from kvfold.kv.tables import PageTables
 
+AnyTables = TypeVar("AnyTables", PageTables, StagedTables)
 
-class PrefixIndex:
+
+class PrefixIndex(Generic[AnyTables]):
     """Frozen page tables by the tokens they were made from, least recently used first.
 
     A snapshot holds the exact recent tokens of its length too, so that whoever goes on from it computes what it
@@ -19,13 +23,13 @@ class PrefixIndex:
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
-        self._entries: OrderedDict[bytes, PageTables] = OrderedDict()
+        self._entries: OrderedDict[bytes, AnyTables] = OrderedDict()
         self._lengths: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def insert(self, tokens: Sequence[int], tables: PageTables) -> None:
+    def insert(self, tokens: Sequence[int], tables: AnyTables) -> None:
         """Takes over `tables`, which hold exactly `tokens`; releases them where the prefix is known already."""
         if len(tokens) != tables.length:
             raise ValueError(f"tables of {tables.length} tokens for a prefix of {len(tokens)}")
@@ -37,14 +41,18 @@ class PrefixIndex:
         self._entries[digest] = tables
         self._lengths[tables.length] += 1
 
-    def match(self, tokens: Sequence[int]) -> PageTables | None:
-        """A fork of the longest snapshot of a proper prefix of `tokens`, or None."""
+    def match(self, tokens: Sequence[int]) -> AnyTables | None:
+        """The longest snapshot of a proper prefix of `tokens`, to be forked, or None."""
         lengths = sorted(n for n in self._lengths if n < len(tokens))
         for digest in reversed(_digests(tokens, lengths)):
             if digest in self._entries:
                 self._entries.move_to_end(digest)
-                return self._entries[digest].fork(self._pool)
+                return self._entries[digest]
         return None
+
+    def find(self, tokens: Sequence[int]) -> AnyTables | None:
+        """The snapshot of exactly these tokens, to be forked, or None."""
+        return self._entries.get(_digests(tokens, [len(tokens)])[0])
 
     def evict(self) -> int:
         """Drops the least recently used snapshot. Returns how many tokens it had, 0 where there is none."""
@@ -62,7 +70,7 @@ class PrefixIndex:
         while self.evict():
             pass
 
-    def tables(self) -> list[PageTables]:
+    def tables(self) -> list[AnyTables]:
         """All tables held, for the integrity check."""
         return list(self._entries.values())
 

@@ -1,12 +1,19 @@
 """What a method is made of, and what it may know of a model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
+from kvfold.kv.format import PageFormat
+from kvfold.kv.frame import Basis
 from kvfold.kv.layout import CacheLayout
+from kvfold.kv.staged import Watch
+from kvfold.kv.staged_tables import QueryRecord
+
+if TYPE_CHECKING:
+    from kvfold.methods.held import HeldRows
 
 PAGE_TOKENS = 32  # dense 16-bit tokens in one page
 
@@ -39,6 +46,7 @@ class CacheShape:
     windows: tuple[int | None, ...]
     rope: bool
     raw_bits: int = 16  # width of an uncompressed element, 16 or 32
+    frequencies: tuple[tuple[float, ...] | None, ...] = ()  # RoPE's inverse frequencies of each layer
 
     @property
     def page_bytes(self) -> int:
@@ -65,13 +73,62 @@ class Prepared:
     transform: Transform | None = None
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a user wants to know of a method before choosing it; `kvfold methods` prints it."""
+
+    saves: str
+    paper: str
+    deviations: str = "none"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How the tokens of a staged cache are coded.
+
+    formats: [class][layer][KV head]; shares: the largest share of tokens that each class takes. sinks, recent:
+    tokens that stay as they are. fit: the coordinates of each class, made at a sequence's first event from what
+    is held and the class that each token gets (0: none); None: the model's own. classify: class of each token that
+    is about to be coded (the mask it is given), int64 [layers, G, R] from 1 on (None: all 1). watches, records:
+    what fit and classify need to have been observed.
+    """
+
+    formats: tuple[tuple[tuple[PageFormat, ...], ...], ...]
+    sinks: int
+    recent: int
+    shares: tuple[float, ...] = (1.0,)
+    fit: "Callable[[HeldRows, Tensor], list[Basis | None]] | None" = None
+    classify: "Callable[[HeldRows, Tensor], Tensor] | None" = None
+    watches: tuple[Watch, ...] = ()
+    records: Mapping[str, Callable[[], QueryRecord]] = field(default_factory=dict)
+
+
 class Codec(Protocol):
-    """How rows become bytes. The fields of a method's dataclass are its parameters in `name(field=value)`."""
+    """How rows become bytes. The fields of a method's dataclass are its parameters in `name(field=value)`.
+
+    `prepare` is for codecs that code a token by its position alone (`positional`), `stage` for staged caches; most
+    codecs do both.
+    """
 
     name: ClassVar[str]
+    facts: ClassVar[Facts]
     needs_calibration: ClassVar[bool]
-    shares_prefixes: ClassVar[bool]  # the bytes of a token depend on the tokens before it alone
+    knob: ClassVar[str | None]  # the parameter that trades quality for bytes
+
+    @property
+    def positional(self) -> bool:
+        """Whether `prepare` is to be used where no policy asks for a staged cache."""
+        ...
+
+    @property
+    def every(self) -> int:
+        """Generated tokens between two events of a cache that is staged for this codec's sake."""
+        ...
 
     def prepare(self, shape: CacheShape, statistics: Mapping[str, Tensor] | None) -> Prepared:
         """Lays out the cache. `statistics`: the artifact's tensors, for methods that need calibration."""
+        ...
+
+    def stage(self, shape: CacheShape, statistics: Mapping[str, Tensor] | None) -> Encoder | None:
+        """How a staged cache is coded; None: not at all."""
         ...

@@ -11,10 +11,13 @@ softmax ignores; near rows are kept in the same units, so near and far meet with
 
 Deviations from the paper: maps are score-optimal and output-aware instead of the stacked SVD (`map="stacked"`
 is the paper's), and dimensions are given 0 to 16 bits each by one global allocation instead of one rank per layer
-(`rank=` is the paper's form, and keeps 16-bit numbers).
+(`rank=` is the paper's form, and keeps 16-bit numbers). `salient_bits=` is the first version's hybrid of layers and
+tokens: the tokens of most normalised attention (ZipCache's measure) get another budget than the rest.
+
+In a staged cache (with a policy, or with salient_bits) near tokens stay in the model's own units and the maps are
+applied to queries and outputs at run time instead of to the weights: one sequence then holds rows in several units.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
@@ -25,24 +28,27 @@ from torch import Tensor
 
 from kvfold.errors import CalibrationError, ConfigError
 from kvfold.kv.format import PageFormat, Row, Segment, raw_format
+from kvfold.kv.frame import Basis, Mapped
 from kvfold.kv.layout import CacheLayout
 from kvfold.methods.allocation import WIDTHS, allocate
-from kvfold.methods.base import AttentionWeights, CacheShape, Prepared
+from kvfold.methods.base import AttentionWeights, CacheShape, Encoder, Facts, Prepared
+from kvfold.methods.quantiser import check_near
+from kvfold.methods.saliency import WATCHES, by_saliency
 
 MapName = Literal["optimal", "stacked"]
 BLOCK = 16  # tokens sealed together
 SIDES = ("key", "value")
 FIELDS = ("a", "b", "offset", "step", "error", "weight")
-MOST_NEAR = 2**20  # tokens; more than any model reads
 
 
 @dataclass(frozen=True)
 class ZeroC:
-    """`zeroc(bits=4)`, `zeroc(rank=48)` or `zeroc(max_loss=0.01)`.
+    """`zeroc(bits=4)`, `zeroc(rank=48)`, `zeroc(max_loss=0.01)` or `zeroc(bits=3, salient_bits=6, salient=0.1)`.
 
     bits: code bits per element, on average over the model, page ends included. rank: dimensions kept of every
     head, in 16 bits. max_loss: relative rise of perplexity allowed on held-out calibration text; the caller
-    resolves it to bits by measuring. Raises ConfigError for values out of range.
+    resolves it to bits by measuring. salient_bits: code bits of the most salient share `salient` of a head's tokens,
+    the others having `bits`. Raises ConfigError for values out of range.
     """
 
     bits: float | None = None
@@ -51,10 +57,23 @@ class ZeroC:
     map: str = "optimal"
     sinks: int = 4
     recent: int = 128
+    salient_bits: float | None = None
+    salient: float = 0.1
 
     name: ClassVar[str] = "zeroc"
+    facts: ClassVar[Facts] = Facts(
+        "bits and dimensions, by a calibrated budget; no scales",
+        "2408.04107",
+        "score-optimal and output-aware maps, widths per dimension by one global allocation",
+    )
     needs_calibration: ClassVar[bool] = True
-    shares_prefixes: ClassVar[bool] = True
+    knob: ClassVar[str | None] = "bits"
+
+    every: ClassVar[int] = 32
+
+    @property
+    def positional(self) -> bool:
+        return self.salient_bits is None
 
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.bits, self.rank, self.max_loss)) > 1:
@@ -67,31 +86,66 @@ class ZeroC:
             raise ConfigError(f"zeroc rank={self.rank} is out of range; choose 1 to the model's head_dim")
         if self.max_loss is not None and not 0 < self.max_loss < 1:
             raise ConfigError(f"zeroc max_loss={self.max_loss} is out of range; 0.01 allows 1 % more perplexity")
+        if self.salient_bits is not None:
+            if self.bits is None or not self.bits < self.salient_bits <= 16:
+                raise ConfigError(
+                    f"zeroc salient_bits={self.salient_bits} goes with bits and must be above them, at most 16"
+                )
+            if not 0 < self.salient < 1:
+                raise ConfigError(f"zeroc salient={self.salient} is not a share between 0 and 1; 0.1 is a tenth")
         if self.map not in get_args(MapName):
             raise ConfigError(f"zeroc map={self.map!r} is unknown; choose one of {', '.join(get_args(MapName))}")
-        if not (0 <= self.sinks <= MOST_NEAR and 1 <= self.recent <= MOST_NEAR):
-            raise ConfigError(
-                f"zeroc needs sinks >= 0 and recent >= 1, both at most {MOST_NEAR}; the defaults are 4 and 128"
-            )
+        check_near(self.name, self.sinks, self.recent)
 
     def prepare(self, shape: CacheShape, statistics: Mapping[str, Tensor] | None) -> Prepared:
+        sides = self._sides(statistics)
+        bits = self._widths(shape, sides, self.bits)
+        near = raw_format(shape.page_bytes, shape.head_dim, shape.raw_bits)
+        maps = {s: sides[s].in_code_units(bits[s]) for s in SIDES}
+        layout = CacheLayout(self._formats(shape, bits), near, self.sinks, self.recent, shape.windows)
+        return Prepared(layout, Fold(shape, maps))
+
+    def stage(self, shape: CacheShape, statistics: Mapping[str, Tensor] | None) -> Encoder:
+        sides = self._sides(statistics)
+        rates = [self.bits] if self.salient_bits is None else [self.salient_bits, self.bits]
+        classes = [self._widths(shape, sides, rate) for rate in rates]
+        bases: list[Basis | None] = []
+        for bits in classes:
+            key, value = (sides[s].in_code_units(bits[s]) for s in SIDES)
+            # What all far keys have in common is no longer common to all keys, the near ones being as they are.
+            bases.append(Basis(_mapped(key), _mapped(value)))
+        formats = tuple(self._formats(shape, bits) for bits in classes)
+        if self.salient_bits is None:
+            return Encoder(formats, self.sinks, self.recent, fit=lambda held, classes: bases)
+        return Encoder(
+            formats,
+            self.sinks,
+            self.recent,
+            (self.salient, 1 - self.salient),
+            fit=lambda held, classes: bases,
+            classify=lambda held, fresh: by_saliency(held, fresh, self.salient),
+            watches=WATCHES,
+        )
+
+    def _sides(self, statistics: Mapping[str, Tensor] | None) -> "Mapping[str, _Side]":
         if statistics is None:
             raise CalibrationError("zeroc needs a calibration of this model; run `kvfold calibrate` first")
         if self.max_loss is not None:
             raise ConfigError("zeroc max_loss is resolved to bits by measuring; use LLM or the command line")
-        sides = {side: _Side.read(statistics, self.map, side) for side in SIDES}
-        bits = self._ranked(shape) if self.rank is not None else self._allocated(shape, sides)
+        return {side: _Side.read(statistics, self.map, side) for side in SIDES}
+
+    def _widths(self, shape: CacheShape, sides: "Mapping[str, _Side]", bits: float | None) -> Mapping[str, np.ndarray]:
+        """Bits of every dimension, [layers, G, d] of each side."""
+        return self._ranked(shape) if bits is None else self._allocated(shape, sides, bits)
+
+    def _formats(self, shape: CacheShape, bits: Mapping[str, np.ndarray]) -> tuple[tuple[PageFormat, ...], ...]:
         block = 1 if self.rank is not None else BLOCK
         # A budget of bits counts 16 for a dimension that stays a number, also where the cache is float32.
         stored = shape if self.rank is not None else replace(shape, raw_bits=16)
-        far = tuple(
+        return tuple(
             tuple(_format(stored, block, [bits[s][layer, head] for s in SIDES]) for head in range(shape.kv_heads))
             for layer in range(shape.layers)
         )
-        near = raw_format(shape.page_bytes, shape.head_dim, shape.raw_bits)
-        maps = {s: sides[s].in_code_units(bits[s]) for s in SIDES}
-        layout = CacheLayout(far, near, self.sinks, self.recent, shape.windows)
-        return Prepared(layout, Fold(shape, maps))
 
     def _ranked(self, shape: CacheShape) -> dict[str, np.ndarray]:
         assert self.rank is not None
@@ -101,11 +155,10 @@ class ZeroC:
         bits = np.broadcast_to(kept, (shape.layers, shape.kv_heads, shape.head_dim))
         return dict.fromkeys(SIDES, bits)
 
-    def _allocated(self, shape: CacheShape, sides: "Mapping[str, _Side]") -> dict[str, np.ndarray]:
-        assert self.bits is not None
+    def _allocated(self, shape: CacheShape, sides: "Mapping[str, _Side]", rate: float) -> dict[str, np.ndarray]:
         heads = shape.layers * shape.kv_heads
         loss = torch.cat([(sides[s].error * sides[s].weight[..., None]).flatten(0, 1) for s in SIDES], 1)
-        bits = allocate(loss.double().numpy(), self.bits, shape.page_bytes, BLOCK).bits
+        bits = allocate(loss.double().numpy(), rate, shape.page_bytes, BLOCK).bits
         split = bits.reshape(heads, 2, shape.head_dim).swapaxes(0, 1)
         return {s: x.reshape(shape.layers, shape.kv_heads, -1) for s, x in zip(SIDES, split, strict=True)}
 
@@ -151,6 +204,10 @@ class _Side:
         backward = b * step[..., None, :]
         origin = (b @ offset[..., None])[..., 0]
         return Affine(a / step[..., None, :], -offset / step, backward, origin)
+
+
+def _mapped(affine: Affine) -> Mapped:
+    return Mapped(affine.forward.float(), affine.backward.float(), affine.shift.float(), affine.origin.float())
 
 
 def _format(shape: CacheShape, block: int, bits: list[np.ndarray]) -> PageFormat:
@@ -226,9 +283,3 @@ def flat_statistics(shape: CacheShape) -> dict[str, Tensor]:
         for side in SIDES
         for field, x in zip(FIELDS, values, strict=True)
     }
-
-
-def code_bits(layout: CacheLayout) -> float:
-    """Bits per element of far pages, page ends included, averaged over heads."""
-    per_token = [fmt.bytes_per_token for layer in layout.far for fmt in layer]
-    return math.fsum(per_token) * 8 / (len(per_token) * 2 * layout.near.head_dim)

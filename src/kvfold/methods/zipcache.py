@@ -1,0 +1,111 @@
+"""ZipCache (arXiv 2405.14256): salient tokens in more bits, saliency being normalised attention."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvfold.errors import ConfigError
+from kvfold.kv.format import PageFormat, Row, Scale, Segment
+from kvfold.kv.frame import Basis, Scaled
+from kvfold.methods.base import CacheShape, Encoder, Facts, Prepared
+from kvfold.methods.held import HeldRows
+from kvfold.methods.quantiser import check_near
+from kvfold.methods.saliency import WATCHES, by_saliency
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZipCache:
+    """`zipcache(hi=4, lo=2, salient=0.6)`: the most salient share of each head's tokens in `hi` bits, the others in
+    `lo`. Saliency: attention from probe queries (the prompt's last 5 % and a random 5 %) over the number of probes
+    that could see the token. Values: channel-separable tokenwise, divided by c_i = sqrt(max |x_i|) per channel
+    (16 bits each, once per sequence), then one scale per token. Keys: per channel and class of precision.
+
+    Generated tokens are coded every `every` tokens, with the saliency that they showed since.
+    Deviations: offsets are the sequence's, not the token's: values and keys are centred per channel; a value's
+    token scale is one logarithmic byte, since heads have pages of their own and share no scale; channel scales are
+    those of the prompt, for later tokens too; classes are chosen per KV head.
+    """
+
+    hi: int = 4
+    lo: int = 2
+    salient: float = 0.6
+    every: int = 100
+    sinks: int = 0
+    recent: int = 1
+
+    name: ClassVar[str] = "zipcache"
+    facts: ClassVar[Facts] = Facts(
+        "bits, fewer for less salient tokens",
+        "2405.14256",
+        "centred codes with one-byte token scales, classes per head",
+    )
+    needs_calibration: ClassVar[bool] = False
+    knob: ClassVar[str | None] = "salient"
+
+    def __post_init__(self) -> None:
+        for field in ("hi", "lo"):
+            if getattr(self, field) not in (1, 2, 4, 8):
+                raise ConfigError(f"zipcache has no {getattr(self, field)}-bit format; choose {field}=1, 2, 4 or 8")
+        if self.lo >= self.hi:
+            raise ConfigError(f"zipcache lo={self.lo} must be below hi={self.hi}; int4 and int8 have one width")
+        if not 0 < self.salient < 1:
+            raise ConfigError(f"zipcache salient={self.salient} is not a share between 0 and 1; the paper's is 0.6")
+        if self.every < 1:
+            raise ConfigError(f"zipcache every={self.every} is out of range; choose at least 1 token")
+        check_near(self.name, self.sinks, self.recent)
+
+    @property
+    def positional(self) -> bool:
+        return False
+
+    def prepare(self, shape: CacheShape, statistics: Mapping[str, Tensor] | None) -> Prepared:
+        raise NotImplementedError("zipcache is always staged")
+
+    def stage(self, shape: CacheShape, statistics: Mapping[str, Tensor] | None) -> Encoder:
+        formats = tuple(((_format(shape, bits),) * shape.kv_heads,) * shape.layers for bits in (self.hi, self.lo))
+
+        def fit(held: HeldRows, classes: Tensor) -> list[Basis | None]:
+            sizes = (shape.layers, shape.kv_heads, shape.head_dim)
+            key, value = ([torch.ones(sizes), torch.zeros(sizes)] for _ in range(2))
+            steps = [torch.ones(sizes) for _ in (self.hi, self.lo)]
+            for layer, model_layer in enumerate(held.model_layers):
+                keys, values = held.rows(layer)
+                valid = held.valid[layer, ..., None]
+                for side, rows in ((key, keys), (value, values)):
+                    side[1][model_layer] = _centre(rows, valid)
+                centred = (values - value[1][model_layer][:, None]).masked_fill(~valid, 0)
+                value[0][model_layer] = centred.abs().amax(1).clamp(min=1e-6).sqrt()
+                centred = (keys - key[1][model_layer][:, None]).masked_fill(~valid, 0)
+                for index, bits in enumerate((self.hi, self.lo)):
+                    mine = (classes[layer] == index + 1)[..., None]
+                    largest = centred.masked_fill(~mine, 0).abs().amax(1)
+                    steps[index][model_layer] = (2 * largest / (2**bits - 1)).clamp(min=1e-6)
+            values_frame = Scaled(value[0].half(), value[1].half())
+            return [Basis(Scaled(step.half(), key[1].half()), values_frame) for step in steps]
+
+        return Encoder(
+            formats,
+            self.sinks,
+            self.recent,
+            (self.salient, 1 - self.salient),
+            fit=fit,
+            classify=lambda held, fresh: by_saliency(held, fresh, self.salient),
+            watches=WATCHES,
+        )
+
+
+def _format(shape: CacheShape, bits: int) -> PageFormat:
+    # The fewest tokens that fill whole bytes: small blocks leave little of a page unused.
+    key = Row((Segment(bits, shape.head_dim),))
+    value = Row((Segment(bits, shape.head_dim),), Scale.STEP)
+    return PageFormat(shape.page_bytes, shape.head_dim, max(1, 8 // bits), key, value)
+
+
+def _centre(rows: Tensor, valid: Tensor) -> Tensor:
+    """Middle between the smallest and the largest number of each channel, [G, d]; rows [G, R, d]."""
+    low = rows.masked_fill(~valid, float("inf")).amin(1)
+    high = rows.masked_fill(~valid, float("-inf")).amax(1)
+    return (low + high) / 2
