@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from kvfold import __version__
-from kvfold.cli import bench, calibrate, demo, evaluate, generate, info, serve
+from kvfold.cli import bench, calibrate, demo, evaluate, generate, info, methods, serve
 from kvfold.errors import KvfoldError
 
 USER_ERROR = 2
@@ -31,6 +31,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.command("info")(info.info)
+app.command("methods")(methods.methods)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 

@@ -16,7 +16,17 @@ from kvfold.engine.engine import Engine
 from kvfold.engine.lane import MethodLane, build_lane
 from kvfold.engine.outputs import RequestOutput
 from kvfold.engine.params import SamplingParams
-from kvfold.engine.prompts import Messages, Prompt, encode, list_conversations, list_prompts, render_chat, tokenize
+from kvfold.engine.prompts import (
+    Messages,
+    Prompt,
+    Tokens,
+    encode,
+    last_message,
+    list_conversations,
+    list_prompts,
+    render_chat,
+    tokenize,
+)
 from kvfold.engine.search import Trial, search_bits
 from kvfold.errors import ConfigError, ModelError, PromptError
 from kvfold.methods.registry import build_method
@@ -84,8 +94,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes prompts as one batch, in order, with the method `kv` of this model's (None: the first).
 
-        prompts: texts, lists of token ids, {"prompt": text} or {"prompt_token_ids": ids}. params: one for all
-        prompts or one for each. A prompt that cannot be served raises before any work.
+        prompts: texts, lists of token ids, {"prompt": text} or {"prompt_token_ids": ids}; with a context that is
+        to be compressed before the rest is read, {"context": text, "prompt": text} or "context_tokens" beside ids.
+        params: one for all prompts or one for each. A prompt that cannot be served raises before any work.
         Interrupted (KeyboardInterrupt), it cancels all requests and frees their pages.
         """
         listed = list_prompts(prompts)
@@ -109,17 +120,22 @@ class LLM:
         kv: str | None = None,
         progress: Progress = SILENT,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or several, rendered with the model's chat template; `kv` as in `generate`."""
+        """Answers one conversation, or several, rendered with the model's chat template; `kv` as in `generate`.
+
+        A method with compress="context" compresses what comes before the last message.
+        """
         tokenizer = self.model.tokenizer
-        texts = [render_chat(tokenizer, conversation) for conversation in list_conversations(messages)]
-        prompts: list[Prompt] = [
-            {"prompt_token_ids": encode(tokenizer, text, add_special_tokens=False)} for text in texts
-        ]
+        marks = self.engine.lanes[choose_method(self.methods, kv)].method.compress == "context"
+        prompts: list[Prompt] = []
+        for conversation in list_conversations(messages):
+            ids = encode(tokenizer, render_chat(tokenizer, conversation), add_special_tokens=False)
+            mark = {"context_tokens": last_message(tokenizer, conversation, ids)} if marks else {}
+            prompts.append({"prompt_token_ids": ids, **mark})
         return self.generate(prompts, params, kv=kv, progress=progress)
 
     def _run(
         self,
-        prompts: list[tuple[str | None, list[int]]],
+        prompts: list[Tokens],
         params: list[SamplingParams],
         lane: int,
         progress: Progress,
@@ -128,9 +144,9 @@ class LLM:
         ids: list[str] = []
         done: dict[str, RequestOutput] = {}
         try:
-            for (prompt, token_ids), each in zip(prompts, params, strict=True):
-                ids.append(engine.add_request(token_ids, each, prompt=prompt, lane=lane))
-            work = sum(len(token_ids) for _, token_ids in prompts)
+            for prompt, each in zip(prompts, params, strict=True):
+                ids.append(engine.add_request(prompt.ids, each, prompt=prompt.text, lane=lane, context=prompt.context))
+            work = sum(len(prompt.ids) for prompt in prompts)
             with progress.task("generating", work + sum((p.max_tokens or 0) * p.n for p in params)) as advance:
                 before = 0
                 while engine.has_unfinished:

@@ -1,6 +1,7 @@
 """From what a caller may pass as prompts and messages to token ids, or one clear sentence."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -11,7 +12,18 @@ Message = Mapping[str, Any]
 Messages = Sequence[Message]
 
 _PROMPT = 'give a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+_CONTEXT = 'give {"context": text, "prompt": text} or {"prompt_token_ids": ids, "context_tokens": number}'
 _MESSAGES = 'give a list of {"role": ..., "content": ...}'
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as the engine takes it. text: what it was made from, if a text; context: how many of its first tokens
+    are the context that a method with compress="context" compresses before it reads the others, if it says so."""
+
+    ids: list[int]
+    text: str | None = None
+    context: int | None = None
 
 
 def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -29,18 +41,50 @@ def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [several] if _is_id(several[0]) else several
 
 
-def tokenize(tokenizer: Any, prompt: Prompt) -> tuple[str | None, list[int]]:
-    """The text of a prompt, if it has one, and its token ids. Raises PromptError for anything but a prompt."""
+def tokenize(tokenizer: Any, prompt: Prompt) -> Tokens:
+    """Token ids of a prompt. Raises PromptError for anything but a prompt."""
     text: Any = prompt if isinstance(prompt, str) else None
     ids: Any = None if isinstance(prompt, str) else prompt
+    mark: Any = None
     if isinstance(prompt, Mapping):
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    if isinstance(text, str) and ids is None:
-        return text, encode(tokenizer, text)
+        text, ids, mark = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("context_tokens")
+        if "context" in prompt:
+            return _with_context(tokenizer, prompt)
+    if isinstance(text, str) and ids is None and mark is None:
+        return Tokens(encode(tokenizer, text), text)
     tokens = None if isinstance(ids, str | bytes | Mapping) else _items(ids)
     if tokens is None or not all(map(_is_id, tokens)):
         raise PromptError(f"{_shown(prompt)} is no prompt; {_PROMPT}")
-    return text if isinstance(text, str) else None, [int(token) for token in tokens]
+    if mark is not None and (not _is_id(mark) or not 0 < mark <= len(tokens)):
+        raise PromptError(f"context_tokens={mark!r} is out of range; give 1 to the prompt's {len(tokens)} tokens")
+    return Tokens([int(token) for token in tokens], text if isinstance(text, str) else None, mark)
+
+
+def _with_context(tokenizer: Any, prompt: Mapping[str, Any]) -> Tokens:
+    context, question = prompt["context"], prompt.get("prompt")
+    if not isinstance(context, str) or not isinstance(question, str) or prompt.get("prompt_token_ids") is not None:
+        raise PromptError(f"{_shown(prompt)} is no prompt with a context; {_CONTEXT}")
+    before = encode(tokenizer, context)
+    if not before:
+        raise PromptError("the context is empty; leave it out or give at least one token")
+    return Tokens(before + encode(tokenizer, question, add_special_tokens=False), context + question, len(before))
+
+
+def last_message(tokenizer: Any, messages: Messages, ids: Sequence[int], **variables: Any) -> int:
+    """How many of a rendered conversation's tokens `ids` come before the text of its last message.
+
+    Raises PromptError where there is nothing to read before it.
+    """
+    other = [*messages[:-1], {**messages[-1], "content": "\N{INVISIBLE SEPARATOR}"}]
+    others = encode(tokenizer, render_chat(tokenizer, other, **variables), add_special_tokens=False)
+    same = (index for index, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1])
+    before = next(same, min(len(ids), len(others)))
+    if len(messages) < 2 or not before:
+        raise PromptError(
+            "the method compresses what comes before the last message, and there is none; give the document in a "
+            'message of its own, or use compress="prompt"'
+        )
+    return before
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:

@@ -34,6 +34,7 @@ class DecoQuant:
     name: ClassVar[str] = "decoquant"
     facts: ClassVar[Facts] = Facts("bits", "2405.12591", "a scale per token and head, sinks stay in 16 bits")
     needs_calibration: ClassVar[bool] = False
+    observes: ClassVar[str] = "keys and values"
     knob: ClassVar[str | None] = None
     every: ClassVar[int] = 32
 

@@ -1,6 +1,6 @@
 """EMS (arXiv 2412.08521): evict, then merge what was evicted into what stays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -12,9 +12,6 @@ from kvfold.methods.base import Facts
 from kvfold.methods.choice import pooled
 from kvfold.methods.held import HeldRows
 from kvfold.methods.policy import Merge, Policy
-
-ALL = Watch(renewed=False)
-ABLE = Watch(power=0, renewed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,8 @@ class EMS(Policy):
 
     @property
     def watches(self) -> tuple[Watch, ...]:
-        return (ALL, ABLE, Watch(self.window))
+        received = (Watch(renewed=False), Watch(self.window))
+        return (*received, *(replace(watch, power=0) for watch in received))
 
     def scores(self, held: HeldRows) -> Tensor:
         return pooled(self._attention(held).masked_fill(held.newest(self.recent), 0), self.kernel, "avg")
@@ -78,5 +76,6 @@ class EMS(Policy):
         return rows
 
     def _attention(self, held: HeldRows) -> Tensor:
-        everything, able, local = (held.mass(watch) for watch in self.watches)
-        return everything / able.clamp(min=1) + local / self.window
+        # Powers of 0 count the queries (of all heads of the group) that could see the token.
+        everything, local, able, near = (held.mass(watch) for watch in self.watches)
+        return everything / able.clamp(min=1) + local / near.clamp(min=1)

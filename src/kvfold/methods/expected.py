@@ -66,7 +66,7 @@ class Expected(Policy):
 
     name: ClassVar[str] = "expected"
     facts: ClassVar[Facts] = Facts("tokens", "2510.00636", "recent tokens stay")
-    scores_from: ClassVar[str] = "queries, keys and values"
+    scores_from: ClassVar[str] = "queries, keys, values"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,7 @@ class KeyDiff(Policy):
     name: ClassVar[str] = "keydiff"
     facts: ClassVar[Facts] = Facts("tokens", "2504.15364", "sinks and recent tokens stay")
     scores_from: ClassVar[str] = "keys"
+    query_aware: ClassVar[bool] = False
 
     def scores(self, held: HeldRows) -> Tensor:
         found = torch.zeros(held.shape)

@@ -40,6 +40,7 @@ class Policy:
     knob: ClassVar[str | None] = "budget"
     drops: ClassVar[bool] = True
     scores_from: ClassVar[str] = "attention"  # what it looks at: for the table of facts
+    query_aware: ClassVar[bool] = True  # whether the last queries of what was read sway the choice
 
     def __post_init__(self) -> None:
         check_budget(self.name, self.budget)
@@ -116,10 +117,11 @@ class Staged(Policy):
     recent: int = 0
 
     name: ClassVar[str] = "staged"
-    facts: ClassVar[Facts] = Facts("nothing by itself: the codec it is joined with codes after the prompt", "")
+    facts: ClassVar[Facts] = Facts("nothing by itself: makes a codec wait for the prompt's end", "")
     knob: ClassVar[str | None] = None
     drops: ClassVar[bool] = False
     scores_from: ClassVar[str] = "nothing"
+    query_aware: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,6 +52,7 @@ class Think:
     name: ClassVar[str] = "think"
     facts: ClassVar[Facts] = Facts("key channels", "2407.21018", "squares of a group's query heads are added")
     needs_calibration: ClassVar[bool] = False
+    observes: ClassVar[str] = "queries and keys"
     knob: ClassVar[str | None] = "keep"
     every: ClassVar[int] = 32
 

@@ -33,8 +33,8 @@ class ZipCache:
     lo: int = 2
     salient: float = 0.6
     every: int = 100
-    sinks: int = 0
-    recent: int = 1
+    sinks: int = 4
+    recent: int = 32
 
     name: ClassVar[str] = "zipcache"
     facts: ClassVar[Facts] = Facts(
@@ -43,6 +43,7 @@ class ZipCache:
         "centred codes with one-byte token scales, classes per head",
     )
     needs_calibration: ClassVar[bool] = False
+    observes: ClassVar[str] = "attention"
     knob: ClassVar[str | None] = "salient"
 
     def __post_init__(self) -> None:
@@ -69,22 +70,20 @@ class ZipCache:
 
         def fit(held: HeldRows, classes: Tensor) -> list[Basis | None]:
             sizes = (shape.layers, shape.kv_heads, shape.head_dim)
-            key, value = ([torch.ones(sizes), torch.zeros(sizes)] for _ in range(2))
-            steps = [torch.ones(sizes) for _ in (self.hi, self.lo)]
+            centre, scale = torch.zeros(sizes), torch.ones(sizes)
+            middles, steps = torch.zeros(2, *sizes), torch.ones(2, *sizes)
             for layer, model_layer in enumerate(held.model_layers):
                 keys, values = held.rows(layer)
-                valid = held.valid[layer, ..., None]
-                for side, rows in ((key, keys), (value, values)):
-                    side[1][model_layer] = _centre(rows, valid)
-                centred = (values - value[1][model_layer][:, None]).masked_fill(~valid, 0)
-                value[0][model_layer] = centred.abs().amax(1).clamp(min=1e-6).sqrt()
-                centred = (keys - key[1][model_layer][:, None]).masked_fill(~valid, 0)
+                low, high = _range(values, classes[layer] > 0)
+                centre[model_layer], scale[model_layer] = (low + high) / 2, ((high - low) / 2).clamp(min=1e-6).sqrt()
                 for index, bits in enumerate((self.hi, self.lo)):
-                    mine = (classes[layer] == index + 1)[..., None]
-                    largest = centred.masked_fill(~mine, 0).abs().amax(1)
-                    steps[index][model_layer] = (2 * largest / (2**bits - 1)).clamp(min=1e-6)
-            values_frame = Scaled(value[0].half(), value[1].half())
-            return [Basis(Scaled(step.half(), key[1].half()), values_frame) for step in steps]
+                    low, high = _range(keys, classes[layer] == index + 1)
+                    middles[index][model_layer] = (low + high) / 2
+                    steps[index][model_layer] = ((high - low) / (2**bits - 1)).clamp(min=1e-6)
+            value = Scaled(scale.half(), centre.half())
+            return [
+                Basis(Scaled(step.half(), middle.half()), value) for step, middle in zip(steps, middles, strict=True)
+            ]
 
         return Encoder(
             formats,
@@ -104,8 +103,9 @@ def _format(shape: CacheShape, bits: int) -> PageFormat:
     return PageFormat(shape.page_bytes, shape.head_dim, max(1, 8 // bits), key, value)
 
 
-def _centre(rows: Tensor, valid: Tensor) -> Tensor:
-    """Middle between the smallest and the largest number of each channel, [G, d]; rows [G, R, d]."""
-    low = rows.masked_fill(~valid, float("inf")).amin(1)
-    high = rows.masked_fill(~valid, float("-inf")).amax(1)
-    return (low + high) / 2
+def _range(rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number of each channel among some of the rows [G, R, d], [G, d] each; 0 where none is."""
+    low = rows.masked_fill(~which[..., None], float("inf")).amin(1)
+    high = rows.masked_fill(~which[..., None], float("-inf")).amax(1)
+    none = ~which.any(1)[:, None]
+    return low.masked_fill(none, 0), high.masked_fill(none, 0)

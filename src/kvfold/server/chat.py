@@ -42,12 +42,11 @@ async def _prepare(service: Service, request: ChatCompletionRequest) -> "_Job":
     model = service.check_model(request.model)
     lane = service.lane(request.kv)
     params = chat_params(request, ready)
-    prompt = await prepare_chat(text, request)
+    prompt = await prepare_chat(text, request, ready.needs_context[lane])
     service.check_length(len(prompt.token_ids), request.max_completion_tokens or request.max_tokens, lane, "messages")
     service.log_prompts(request.messages)
-    return _Job(
-        service, text, model, request, prompt, Add(new_id("req"), prompt.token_ids, params, lane, prompt.grammar)
-    )
+    add = Add(new_id("req"), prompt.token_ids, params, lane, prompt.grammar, prompt.context)
+    return _Job(service, text, model, request, prompt, add)
 
 
 class _Job:

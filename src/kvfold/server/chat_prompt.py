@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvfold.engine.prompts import render_chat
+from kvfold.engine.prompts import last_message, render_chat
 from kvfold.errors import GrammarError, PromptError
 from kvfold.server.http_errors import APIError
 from kvfold.server.protocol import ChatCompletionRequest, Message, ResponseFormat
@@ -16,14 +16,15 @@ from kvfold.server.tools import ToolSet, parse_tools, render_tools
 @dataclass(frozen=True)
 class ChatPrompt:
     """token_ids: as the chat template writes the conversation; grammar: that the answer must follow, if any;
-    tools: those that the answer may call, if any."""
+    tools: those that the answer may call, if any; context: tokens before the last message, if asked for."""
 
     token_ids: list[int]
     grammar: bytes | None
     tools: ToolSet | None
+    context: int | None
 
 
-async def prepare_chat(text: Text, request: ChatCompletionRequest) -> ChatPrompt:
+async def prepare_chat(text: Text, request: ChatCompletionRequest, needs_context: bool) -> ChatPrompt:
     """Raises APIError (400) for tools, formats and messages that make no sense or that the template refuses."""
     try:
         choice: Any = request.tool_choice
@@ -40,20 +41,26 @@ async def prepare_chat(text: Text, request: ChatCompletionRequest) -> ChatPrompt
     except GrammarError as error:
         raise APIError(400, str(error), param="response_format") from error
     try:
-        token_ids = await render(text, request.messages, tools)
+        token_ids, context = await render(text, request.messages, tools, needs_context=needs_context)
     except PromptError as error:
         raise APIError(400, str(error), param="messages") from error
-    return ChatPrompt(token_ids, grammar, tools)
+    return ChatPrompt(token_ids, grammar, tools, context)
 
 
-async def render(text: Text, messages: Sequence[Message], tools: ToolSet | None = None) -> list[int]:
-    """Token ids of a conversation as the chat template writes it. Raises PromptError where it refuses."""
+async def render(
+    text: Text, messages: Sequence[Message], tools: ToolSet | None = None, *, needs_context: bool = False
+) -> tuple[list[int], int | None]:
+    """Token ids of a conversation as the chat template writes it, and how many come before its last message if that
+    is asked for. Raises PromptError where the template refuses."""
     plain = [_plain(message) for message in messages]
 
-    def work() -> list[int]:
+    def work() -> tuple[list[int], int | None]:
         rendered = render_tools(text.tokenizer, plain, tools)
         prompt = render_chat(text.tokenizer, rendered.messages, **rendered.variables)
-        return text.encode_now(prompt, special=False)
+        ids = text.encode_now(prompt, special=False)
+        if not needs_context:
+            return ids, None
+        return ids, last_message(text.tokenizer, rendered.messages, ids, **rendered.variables)
 
     return await asyncio.to_thread(work)
 

@@ -44,12 +44,14 @@ async def _prepare(service: Service, request: CompletionRequest) -> "_Job":
     adds, prompts = [], _prompts(request)
     if len(prompts) * params.n > MOST_COMPLETIONS:
         raise APIError(400, f"{len(prompts)} prompts with n={params.n} are too many; ask for less at once", param="n")
+    context = await text.encode(request.context) if request.context else []
     for prompt in prompts:
-        ids = await text.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = await text.encode(prompt, special=not context) if isinstance(prompt, str) else prompt
+        ids = context + ids
         if not ids:
             raise APIError(400, "the prompt is empty; give at least one token", param="prompt")
         service.check_length(len(ids), request.max_tokens, lane, "prompt")
-        adds.append(Add(new_id("req"), ids, params, lane))
+        adds.append(Add(new_id("req"), ids, params, lane, context=len(context) or None))
     service.log_prompts(request.prompt)
     return _Job(service, text, model, request, adds)
 

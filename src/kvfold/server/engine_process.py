@@ -92,7 +92,12 @@ class EngineLoop:
     def _add(self, add: Add) -> None:
         try:
             self._engine.add_request(
-                add.prompt_token_ids, add.params, lane=add.lane, request_id=add.id, grammar=add.grammar
+                add.prompt_token_ids,
+                add.params,
+                lane=add.lane,
+                request_id=add.id,
+                grammar=add.grammar,
+                context=add.context,
             )
         except KvfoldError as error:
             self._send(Rejected(add.id, type(error).__name__, str(error)))
@@ -172,8 +177,9 @@ def run_engine(address: str, options: dict[str, Any]) -> None:
         return
     spec, memory = llm.model.spec, llm.engine.memory
     longest = tuple(memory.longest(lane, spec.max_positions) for lane in range(len(llm.engine.lanes)))
+    needs_context = tuple(lane.method.compress == "context" for lane in llm.engine.lanes)
     path = str(llm.model.path)
-    socket.send(encode(Ready(path, spec.max_positions, spec.vocab, spec.eos_token_ids, longest)))
+    socket.send(encode(Ready(path, spec.max_positions, spec.vocab, spec.eos_token_ids, longest, needs_context)))
     EngineLoop(llm.engine, socket).run()
 
 

@@ -29,13 +29,15 @@ class EngineOptions:
 
 
 class Add(msgspec.Struct, tag=True, frozen=True):
-    """A request for the lane `lane`; grammar: a compiled one that every completion must follow."""
+    """A request for the lane `lane`; grammar: a compiled one that every completion must follow; context: how many of
+    the prompt's tokens a method with compress="context" compresses before it reads the others."""
 
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     lane: int
     grammar: bytes | None = None
+    context: int | None = None
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -61,13 +63,15 @@ class Loading(msgspec.Struct, tag=True, frozen=True):
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """The model is loaded. path: its directory; max_positions: tokens of its longest sequence; longest: tokens of
-    the longest sequence that the KV memory can hold, for each lane."""
+    the longest sequence that the KV memory can hold, and whether it needs to be told where a prompt's context ends,
+    for each lane."""
 
     path: str
     max_positions: int
     vocab: int
     eos_token_ids: tuple[int, ...]
     longest: tuple[int, ...]
+    needs_context: tuple[bool, ...]
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):

@@ -171,6 +171,9 @@ class CompletionRequest(SamplingFields):
         | TokenIds
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
     )
+    context: str | None = Field(
+        None, description='Text before the prompt: what a method with compress="context" compresses before it reads on.'
+    )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = Field(None, description="Only as many as n.")

@@ -56,7 +56,7 @@ def status_router(service: Service) -> APIRouter:
             raise APIError(400, "give either prompt or messages", param="prompt")
         text = await service.text()
         if request.messages is not None:
-            tokens = await render(text, request.messages)
+            tokens, _ = await render(text, request.messages)
         else:
             tokens = await text.encode(request.prompt or "", special=request.add_special_tokens)
         return {"count": len(tokens), "tokens": tokens, "max_model_len": service.ready.max_positions}
