@@ -43,6 +43,12 @@ def token_ids(llm: LLM, prompts: Any) -> list[list[int]]:
         {"prompt": None},
         {"prompt_token_ids": "abc"},
         {"prompt": [5, 6]},
+        {"context": "A page"},
+        {"context": "", "prompt": "A page"},
+        {"context": "A page", "prompt_token_ids": [5]},
+        {"prompt_token_ids": [5, 6], "context_tokens": 3},
+        {"prompt_token_ids": [5, 6], "context_tokens": 0},
+        {"prompt": "A page", "context_tokens": 1},
         {"text": "A page"},
         [{"prompt_token_ids": 5}],
         "a page \udcff",
@@ -124,3 +130,24 @@ def test_options_of_another_type_are_refused(
 def test_a_top_k_beyond_64_bits_is_refused() -> None:
     with pytest.raises(ConfigError, match="top_k"):
         SamplingParams(top_k=2**63)
+
+
+def test_contexts_are_compressed_before_the_question(tiny_llama: Path, llm: LLM) -> None:
+    staged = LLM(tiny_llama, dtype="float32", kv_memory="8MiB", kv='snapkv(budget=48,compress="context")')
+    context, question = "Two requests share pages. " * 60, "Which page?"
+    [output] = staged.generate({"context": context, "prompt": question}, GREEDY)
+    assert output.prompt == context + question
+    assert output.kv.compression > 2  # of 32-bit rows, against 16
+    ids = output.prompt_token_ids
+    before = len(staged.model.tokenizer(context)["input_ids"])
+    [same] = staged.generate({"prompt_token_ids": ids, "context_tokens": before}, GREEDY)
+    assert same.outputs[0].token_ids == output.outputs[0].token_ids
+    assert same.metrics.cached_prompt_tokens == before
+    with pytest.raises(PromptError, match="marks none"):
+        staged.generate(context + question, GREEDY)
+    with pytest.raises(PromptError, match="message of its own"):
+        staged.chat([MESSAGE], GREEDY)
+    [answer] = staged.chat([{"role": "system", "content": context}, MESSAGE], GREEDY)
+    assert answer.kv.compression > 2
+    # Where nothing is compressed at a mark, it changes nothing.
+    assert token_ids(llm, {"context": context, "prompt": question}) == token_ids(llm, [ids])

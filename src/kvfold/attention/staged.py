@@ -69,7 +69,11 @@ class StagedPlan:
                 result = merged(q[:, heads, :, part], stored, weights=watched)
                 out[:, heads, :, part], lse[:, heads, :, part] = result.out, result.lse
                 if watched:
-                    group.observe(layer, heads, part, [p.track for p in parts], result.weights)
+                    visible = [
+                        s.mask.expand(w.shape[0], w.shape[1], *w.shape[3:])
+                        for s, w in zip(stored, result.weights, strict=True)
+                    ]
+                    group.observe(layer, heads, part, [p.track for p in parts], visible, result.weights)
         return out.permute(0, 3, 1, 2, 4).reshape(n, lq, n_heads, d), lse.permute(0, 3, 1, 2).reshape(n, lq, n_heads)
 
     def _parts(self, group: "_Group", layer: int, heads: Tensor) -> Iterator["_Part"]:
@@ -148,22 +152,30 @@ class _Group:
     def watched(self, part: slice) -> bool:
         return any(bool(mask[part].any()) for own in self._watches for mask in own.values())
 
-    def observe(self, layer: int, heads: Tensor, part: slice, tracks: list[int], weights: list[Tensor]) -> None:
-        """Adds up what keys received. weights: per part (tracks, then new tokens) [N, heads, g, Lq', rows]."""
+    def observe(
+        self,
+        layer: int,
+        heads: Tensor,
+        part: slice,
+        tracks: list[int],
+        visible: list[Tensor],
+        weights: list[Tensor],
+    ) -> None:
+        """Adds up what keys received. visible, weights: per part (tracks, then new tokens) which keys each query
+        sees [N, heads, Lq', rows] and how much it attends to them [N, heads, g, Lq', rows]."""
         flat = layer * self._layout.kv_heads + heads
         for i, (step, watches) in enumerate(zip(self.steps, self._watches, strict=True)):
             for watch, queries in watches.items():
                 which = queries[part]
                 if not which.any():
                     continue
-                sums = [_powered(w[i][:, :, which], watch.power).sum((1, 2)) for w in weights]  # [heads, rows]
+                if watch.power:
+                    sums = [(w[i][:, :, which] ** watch.power).sum((1, 2)) for w in weights]  # [heads, rows]
+                else:  # not from the weights: small ones are rounded to 0
+                    sums = [w.shape[2] * m[i][:, which].sum(1) for m, w in zip(visible, weights, strict=True)]
                 mass = step.tables.mass[watch]
                 for track, received in zip(tracks, sums, strict=False):
                     width = min(received.shape[1], mass[track].shape[1])
                     mass[track][flat, :width] += received[:, :width]
                 new = self.held(0, layer)[i, heads, None] + torch.arange(self.lq)
                 mass[0][flat[:, None], new] += sums[-1]
-
-
-def _powered(weights: Tensor, power: int) -> Tensor:
-    return weights if power == 1 else (weights > 0).float() if power == 0 else weights**power

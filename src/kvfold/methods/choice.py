@@ -31,7 +31,7 @@ def choose(policy: Policy, held: HeldRows, layout: StagedLayout) -> tuple[Tensor
     wanted = held.length if budget is None else budget
     scores = policy.scores(held).masked_fill(policy.protected(held, wanted), float("inf"))
     scores = _by_block(scores, held, layout).masked_fill(~held.valid, float("-inf"))
-    counts = policy.counts(held, scores, wanted)
+    counts = policy.counts(held, scores, wanted).maximum(scores.isposinf().sum(-1))
     order = ranked(scores)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order))
     keep = (rank < counts[..., None]) & held.valid

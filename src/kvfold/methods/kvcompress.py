@@ -39,18 +39,19 @@ class KVCompress(SnapKV):
         layers, heads, _ = held.shape
         best = ranked(scores.flatten())[: layers * heads * budget]
         chosen = scores.new_zeros(scores.numel()).scatter_(0, best, 1.0).view(held.shape).sum(-1).long()
-        return _whole_pages(chosen, held.counts, layers * heads * budget)
+        return _whole_pages(chosen, held.counts, scores.isposinf().sum(-1), layers * heads * budget)
 
 
-def _whole_pages(chosen: Tensor, counts: Tensor, total: int) -> Tensor:
-    """Counts rounded to whole pages, no head keeping more than it has and all together no more than `total`."""
-    full = chosen // PAGE_TOKENS * PAGE_TOKENS
+def _whole_pages(chosen: Tensor, counts: Tensor, least: Tensor, total: int) -> Tensor:
+    """Counts rounded to whole pages where there is room for that beside the `least` that each head keeps; no head
+    keeps more than it has and all together no more than `total`."""
+    full = (chosen // PAGE_TOKENS * PAGE_TOKENS).maximum(least)
     kept = torch.where(chosen == counts, chosen, full).flatten()
     # What rounding left over goes, a page at a time, to the heads that lost most by it.
     order = ranked(chosen.flatten() - kept).tolist()
     left = total - int(kept.sum())
     for head in order:
-        more = min(PAGE_TOKENS, int(counts.flatten()[head] - kept[head]))
+        more = min(PAGE_TOKENS - int(kept[head]) % PAGE_TOKENS, int(counts.flatten()[head] - kept[head]))
         if 0 < more <= left:
             kept[head] += more
             left -= more

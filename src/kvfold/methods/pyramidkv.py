@@ -34,7 +34,7 @@ class PyramidKV(SnapKV):
         layers = held.shape[0]
         free = budget - self.least
         most = min(2 * free - free / self.beta, int(held.counts.max()) - self.least)
-        most = max(most, free)
+        most = max(most, free) if layers > 1 else free
         steps = torch.linspace(most, 2 * free - most, layers, dtype=torch.float64)
         # Rounded so that the layers' sum is what the budget allows.
         total = steps.cumsum(0).round()

@@ -69,8 +69,8 @@ def build_policy(name: str, text: str) -> Policy:
     """The policy that a parameter of the method `name` names. Raises ConfigError for anything else."""
     expression = parse_method(text)
     policy = _build(expression.calls[0]) if len(expression.calls) == 1 else None
-    if not isinstance(policy, Policy) or not policy.drops:
-        known = ", ".join(n for n, p in POLICIES.items() if issubclass(p, Policy) and p.drops)
+    if not isinstance(policy, Policy) or not policy.drops or isinstance(policy, BatchMax):
+        known = ", ".join(n for n, p in POLICIES.items() if issubclass(p, Policy) and p.drops and p is not BatchMax)
         raise ConfigError(f"{name} policy={text!r} is not a policy that drops tokens; choose one of: {known}")
     return policy
 
