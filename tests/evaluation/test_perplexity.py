@@ -104,3 +104,14 @@ def test_what_cannot_be_evaluated_is_refused(
     arguments = {"kv": "none", "window": 100} | options
     with pytest.raises(error, match=message):
         evaluate(tiny_llama, text=tiny_text, **arguments)
+
+
+def test_staged_methods_are_scored_after_what_they_compressed(tiny_llama: Path, tiny_text: Path) -> None:
+    everything, little = (
+        evaluate(tiny_llama, f"snapkv(budget={budget})", tiny_text, window=400, max_tokens=800, dtype="float32")
+        for budget in (400, 40)
+    )
+    assert everything.tokens == little.tokens == 2 * 200
+    assert everything.perplexity == pytest.approx(everything.dense_perplexity, rel=1e-5)
+    assert abs(little.loss) > 1e-3
+    assert little.compression > 3 * everything.compression

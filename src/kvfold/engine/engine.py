@@ -54,7 +54,7 @@ class Engine:
         # Totals since the start; a prompt that is computed again after preemption counts again.
         self.prompt_tokens = 0
         self.generated_tokens = 0
-        self.evicted_tokens = 0.0  # that methods dropped, averaged over heads
+        self.dropped_tokens = 0.0  # by methods, averaged over heads
 
     @property
     def has_unfinished(self) -> bool:
@@ -166,7 +166,8 @@ class Engine:
         """What runs and waits now, the pages in use, and totals since the start."""
         labels = [lane.label for lane in self.lanes]
         dense = 2 * self._spec.kv_elements
-        return collect_stats(labels, self.scheduler, self.memory, dense, self.prompt_tokens, self.generated_tokens)
+        totals = (self.prompt_tokens, self.generated_tokens, round(self.dropped_tokens))
+        return collect_stats(labels, self.scheduler, self.memory, dense, *totals)
 
     def pool_map(self) -> PoolMap:
         """Which method holds which part of the page pool."""
@@ -189,7 +190,7 @@ class Engine:
         assert staging is not None and isinstance(tables, StagedTables)  # noqa: PT018
         before = tables.resident
         staging.settle(self.memory.pool, tables)
-        self.evicted_tokens += before - tables.resident
+        self.dropped_tokens += before - tables.resident
         self.scheduler.reconsider()
 
     def _snapshot(self, sequence: Sequence) -> None:

@@ -27,16 +27,26 @@ class Score:
 
 
 def score(
-    engine: Engine, windows: Sequence[list[int]], *, lane: int = 0, what: str = "scoring", progress: Progress = SILENT
+    engine: Engine,
+    windows: Sequence[list[int]],
+    *,
+    lane: int = 0,
+    context: int | None = None,
+    what: str = "scoring",
+    progress: Progress = SILENT,
 ) -> Score:
-    """Runs each window (token ids, at least 2) as one request; the first token of each is not predicted."""
+    """Runs each window (token ids, at least 2) as one request; the first token of each is not predicted.
+
+    context: first tokens of each window that are not scored, and that a staged method compresses before the others
+    are read.
+    """
     for window in windows:
-        engine.add_request(window, _PARAMS, lane=lane)
+        engine.add_request(window, _PARAMS, lane=lane, context=context)
     nll, tokens, kv_bytes, dense, elements = 0.0, 0, 0, 0, 0
     with progress.task(what, len(windows)) as advance:
         while engine.has_unfinished:
             for output in engine.step():
-                found = (output.prompt_logprobs or [])[1:]
+                found = (output.prompt_logprobs or [])[max(1, context or 0) :]
                 given = [next(iter(entry.values())).logprob for entry in found if entry]
                 nll -= math.fsum(given)
                 tokens += len(given)

@@ -33,7 +33,8 @@ class LaneStats:
 @dataclass(frozen=True)
 class EngineStats:
     """A moment of an engine. Pages are counted once however many hold them; `cached` ones, part of the `used`,
-    belong to prefix snapshots alone and make room when needed. Tokens and preemptions are totals since the start."""
+    belong to prefix snapshots alone and make room when needed. Tokens and preemptions are totals since the start:
+    `evicted_tokens` went with snapshots, `dropped_tokens` (an average over heads) were dropped by methods."""
 
     pages: int = 0
     page_bytes: int = 0
@@ -45,6 +46,7 @@ class EngineStats:
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     evicted_tokens: int = 0
+    dropped_tokens: int = 0
     lanes: list[LaneStats] = field(default_factory=list)
 
     @property
@@ -76,6 +78,7 @@ def collect_stats(
     dense_bytes: int,
     prompt_tokens: int,
     generated_tokens: int,
+    dropped_tokens: int,
 ) -> EngineStats:
     """Counts what runs and waits. labels: of the lanes; dense_bytes: of one token in a 16-bit cache."""
     pool = memory.pool
@@ -106,6 +109,7 @@ def collect_stats(
         scheduler.prefix_queried_tokens,
         scheduler.prefix_hit_tokens,
         memory.evicted_tokens,
+        dropped_tokens,
         lanes,
     )
 

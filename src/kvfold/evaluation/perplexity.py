@@ -1,6 +1,6 @@
 """Perplexity of a text through a method's cache and through the dense one, on the same path as generation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 
@@ -60,6 +60,8 @@ def evaluate(
 ) -> PerplexityReport:
     """Cuts the part [start, stop) of a text into windows of `window` tokens and scores each as one prompt.
 
+    Of a staged method, which compresses when something has been read, the second half of each window is scored, after
+    the first half has been compressed; so is the dense cache it is compared with.
     max_tokens: most tokens of text to use. Raises ConfigError or PromptError for what cannot be evaluated.
     """
     build_method(kv)
@@ -74,6 +76,8 @@ def evaluate(
     windows = _windows(loaded, content, window, max_tokens)
     began = monotonic()
     lane, curve = prepare_lane(loaded, kv, raw_bits, calibration, progress)
+    half = len(windows[0]) // 2 if lane.method.staged else None
+    lane = replace(lane, method=lane.method.query_agnostic())
     dense = build_lane(loaded.decoder, Dense.name, Method(Dense()), raw_bits)
     if kv_memory is None:
         kv_memory = CONCURRENT * dense.layout.pages(window + 64) * dense.layout.page_bytes
@@ -81,7 +85,7 @@ def evaluate(
 
     def scored(which: MethodLane) -> Score:
         engine = Engine(loaded.decoder, loaded.tokenizer, [which], config)
-        return score(engine, windows, what=f"perplexity with {which.label}", progress=progress)
+        return score(engine, windows, context=half, what=f"perplexity with {which.label}", progress=progress)
 
     reference = scored(dense)
     found = reference if lane.method == Method(Dense()) else scored(lane)

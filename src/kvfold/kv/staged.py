@@ -51,11 +51,12 @@ class StagedLayout:
     """Formats, events and bounds of sequences under one staged method.
 
     raw: format of track 0, one token per block. coded: [class][layer][KV head] formats of the other tracks, and
-    `shares` the largest share of a sequence's tokens that each class takes. windows: sliding window of each
-    layer; heads of such layers keep the window's tokens uncompressed and nothing else.
-    sinks, recent: first and newest tokens that are never coded. budget: tokens that a head keeps on average (a float:
-    share of the context; None: all), `least` of them being protected. every: tokens between two events after the
-    context; chunk: between two events within it (None: none). watches: what attention is added up.
+    `shares` the largest share of a sequence's tokens that each class takes. windows: sliding window of each layer;
+    heads of such layers keep the window's tokens uncompressed and nothing else.
+    sinks, recent: first and newest tokens that are never coded; enough: tokens that must be there to code any.
+    budget: tokens that a head keeps on average (a float: share of the context; None: all), `least` of them being
+    protected. every: tokens between two events after the context; chunk: between two events within it (None: none).
+    watches: what attention is added up.
     """
 
     raw: PageFormat
@@ -65,6 +66,7 @@ class StagedLayout:
     shares: tuple[float, ...] = ()
     sinks: int = 0
     recent: int = 0
+    enough: int = 0
     budget: int | float | None = None
     least: int = 1
     every: int = 32
@@ -149,7 +151,7 @@ class StagedLayout:
         if not self.coded:
             # Where heads have budgets of their own only their sum is known: one page end each, at worst.
             return pages + len(full) * (held + waiting) // self.raw.capacity + len(full)
-        raw = min(held, self.sinks + self.recent + self.block - 1) + waiting
+        raw = min(held, self.sinks + self.recent + max(self.block - 1, self.enough)) + waiting
         pages += len(full) * -(-raw // self.raw.capacity)
         for share, capacity in zip(self.shares, self.capacity[1:, full], strict=True):
             pages += int(np.ceil(share * held / capacity).sum()) + (len(full) if kept is not None else 0)

@@ -89,8 +89,9 @@ class Encoder:
     formats: [class][layer][KV head]; shares: the largest share of tokens that each class takes. sinks, recent:
     tokens that stay as they are. fit: the coordinates of each class, made at a sequence's first event from what
     is held and the class that each token gets (0: none); None: the model's own. classify: class of each token that
-    is about to be coded (the mask it is given), int64 [layers, G, R] from 1 on (None: all 1). watches, records:
-    what fit and classify need to have been observed.
+    is about to be coded (the mask it is given), int64 [layers, G, R] from 1 on (None: all 1). enough: tokens of a head,
+    on average, that there must be to fit to; before that none is coded. watches, records: what fit and classify
+    need to have been observed.
     """
 
     formats: tuple[tuple[tuple[PageFormat, ...], ...], ...]
@@ -99,6 +100,7 @@ class Encoder:
     shares: tuple[float, ...] = (1.0,)
     fit: "Callable[[HeldRows, Tensor], list[Basis | None]] | None" = None
     classify: "Callable[[HeldRows, Tensor], Tensor] | None" = None
+    enough: int = 0
     watches: tuple[Watch, ...] = ()
     records: Mapping[str, Callable[[], QueryRecord]] = field(default_factory=dict)
 

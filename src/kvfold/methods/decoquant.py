@@ -63,7 +63,7 @@ class DecoQuant:
             return [Basis(Factored(small[0]), Factored(small[1]))]
 
         formats = ((fmt,) * shape.kv_heads,) * shape.layers
-        return Encoder((formats,), self.sinks, self.recent, fit=fit)
+        return Encoder((formats,), self.sinks, self.recent, fit=fit, enough=shape.head_dim)
 
 
 def _small_factor(rows: Tensor) -> Tensor:

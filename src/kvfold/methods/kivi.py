@@ -28,16 +28,21 @@ class Kivi(Quantiser):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for width in (self.bits, self.value_bits or self.bits):
+        for width in (self.bits, self.width):
             if width not in (2, 4):
                 raise ConfigError(f"kivi has no {width}-bit format; choose bits 2 or 4")
         if self.group < 8 or self.group % 8:
             raise ConfigError(f"kivi group={self.group} is out of range; choose a multiple of 8, such as 32")
 
+    @property
+    def width(self) -> int:
+        """Bits of values."""
+        return self.bits if self.value_bits is None else self.value_bits
+
     def format(self, shape: CacheShape) -> PageFormat:
         key = Row((Segment(self.bits, shape.head_dim),), Scale.CHANNEL)
         group = check_group(self.name, "group", self.group, shape)
-        value = Row((Segment(self.value_bits or self.bits, shape.head_dim),), Scale.TOKEN, group)
+        value = Row((Segment(self.width, shape.head_dim),), Scale.TOKEN, group)
         try:
             return PageFormat(shape.page_bytes, shape.head_dim, self.group, key, value)
         except ValueError as error:

@@ -58,6 +58,10 @@ class Method:
         """When a staged method chooses: "prompt" or "context"."""
         return "prompt" if self.policy is None else self.policy.compress
 
+    def query_agnostic(self) -> "Method":
+        """The same method, choosing at the end of the context instead of the prompt's."""
+        return self if self.policy is None else replace(self, policy=replace(self.policy, compress="context"))
+
     def prepare(self, shape: CacheShape, statistics: Mapping[str, Tensor] | None) -> ReadyMethod:
         """Lays out the cache. `statistics`: the artifact's tensors, for methods that need calibration."""
         if self.policy is not None:
@@ -88,6 +92,7 @@ class Method:
                 shares=encoder.shares,
                 sinks=encoder.sinks,
                 recent=encoder.recent,
+                enough=encoder.enough,
                 watches=tuple(dict.fromkeys((*policy.watches, *encoder.watches))),
             )
             records |= encoder.records

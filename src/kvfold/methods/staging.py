@@ -33,8 +33,8 @@ class Staging:
         """Runs the event at the tables' present length. Never takes more pages than it gives back and are spare."""
         held = HeldRows(pool, tables)
         keep, scores = choose(self.policy, held, self.layout)
-        classes, keep = self._classes(held, keep, scores)
-        if self.encoder is not None and self.encoder.fit is not None and all(b is None for b in tables.bases):
+        classes, keep = self._classes(held, keep, scores, tables)
+        if self.encoder is not None and self.encoder.fit is not None and self._unfitted(tables) and classes.any():
             tables.bases = self.encoder.fit(held, classes.masked_fill(~keep, 0))
         merge = self.policy.merge(held, scores, keep)
         mass = {w: [_left(held.mass(w), keep & (classes == t)) for t in range(self.layout.tracks)] for w in self._kept}
@@ -53,7 +53,8 @@ class Staging:
         for watch, tracks in mass.items():
             for new, found in zip(tables.mass[watch], tracks, strict=True):
                 new.view(*shape, -1)[held.model_layers] = found[..., : new.shape[1]]
-        tables.records = {name: r for name, r in tables.records.items() if name in self._lasting}
+        wanted = self._lasting if not self._unfitted(tables) else set(self.records)
+        tables.records = {name: r for name, r in tables.records.items() if name in wanted}
         tables.settled = tables.length
 
     @property
@@ -66,7 +67,12 @@ class Staging:
         """Records that later events need too; an encoder looks at the first event alone."""
         return set(self.records) - set(self.encoder.records if self.encoder is not None else {})
 
-    def _classes(self, held: HeldRows, keep: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _unfitted(self, tables: StagedTables) -> bool:
+        """Whether coordinates are still to be made."""
+        fits = self.encoder is not None and self.encoder.fit is not None
+        return fits and all(basis is None for basis in tables.bases)
+
+    def _classes(self, held: HeldRows, keep: Tensor, scores: Tensor, tables: StagedTables) -> tuple[Tensor, Tensor]:
         """Track that each token goes to, int64 [layers, G, R], and which stay: whole blocks of each class."""
         if self.encoder is None:
             return torch.zeros_like(held.track), keep
@@ -74,6 +80,8 @@ class Staging:
         order = keep.cumsum(-1)
         inner = (order > self.encoder.sinks) & (order <= order[..., -1:] - self.encoder.recent)
         fresh = keep & (held.track == 0) & inner
+        if self._unfitted(tables) and fresh.sum() < self.encoder.enough * fresh.shape[0] * fresh.shape[1]:
+            fresh = torch.zeros_like(fresh)
         classified = (
             torch.ones_like(held.track) if self.encoder.classify is None else self.encoder.classify(held, fresh)
         )

@@ -15,6 +15,8 @@ from kvfold.methods.held import HeldRows
 from kvfold.methods.quantiser import check_near
 from kvfold.methods.saliency import WATCHES, by_saliency
 
+ENOUGH = 128  # tokens to take ranges from
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZipCache:
@@ -74,10 +76,11 @@ class ZipCache:
             middles, steps = torch.zeros(2, *sizes), torch.ones(2, *sizes)
             for layer, model_layer in enumerate(held.model_layers):
                 keys, values = held.rows(layer)
-                low, high = _range(values, classes[layer] > 0)
+                others = held.valid[layer] & ~held.first(self.sinks)[layer]
+                low, high = _range(values, classes[layer] > 0, others)
                 centre[model_layer], scale[model_layer] = (low + high) / 2, ((high - low) / 2).clamp(min=1e-6).sqrt()
                 for index, bits in enumerate((self.hi, self.lo)):
-                    low, high = _range(keys, classes[layer] == index + 1)
+                    low, high = _range(keys, classes[layer] == index + 1, others)
                     middles[index][model_layer] = (low + high) / 2
                     steps[index][model_layer] = ((high - low) / (2**bits - 1)).clamp(min=1e-6)
             value = Scaled(scale.half(), centre.half())
@@ -90,6 +93,7 @@ class ZipCache:
             self.sinks,
             self.recent,
             (self.salient, 1 - self.salient),
+            enough=ENOUGH,
             fit=fit,
             classify=lambda held, fresh: by_saliency(held, fresh, self.salient),
             watches=WATCHES,
@@ -103,8 +107,12 @@ def _format(shape: CacheShape, bits: int) -> PageFormat:
     return PageFormat(shape.page_bytes, shape.head_dim, max(1, 8 // bits), key, value)
 
 
-def _range(rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest number of each channel among some of the rows [G, R, d], [G, d] each; 0 where none is."""
+def _range(rows: Tensor, which: Tensor, otherwise: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number of each channel among some of the rows [G, R, d], [G, d] each.
+
+    which: those rows, bool [G, R]; heads that have too few of them take the rows `otherwise`.
+    """
+    which = torch.where(which.sum(1, keepdim=True) < ENOUGH // 4, otherwise, which)
     low = rows.masked_fill(~which[..., None], float("inf")).amin(1)
     high = rows.masked_fill(~which[..., None], float("-inf")).amax(1)
     none = ~which.any(1)[:, None]

@@ -148,6 +148,7 @@ class _EngineCollector(Collector):
             "prefix_cache_hits": ("Prompt tokens found there.", stats.prefix_hit_tokens),
             "num_preemptions": ("Running sequences sent back to wait for memory.", stats.preemptions),
             "evicted_tokens": ("Tokens of prefix snapshots dropped to make room.", stats.evicted_tokens),
+            "dropped_tokens": ("Tokens that KV methods dropped, averaged over heads.", stats.dropped_tokens),
             "engine_restarts": ("Engine processes started after one died.", self._client.restarts),
         }
         for name, (text, value) in totals.items():
