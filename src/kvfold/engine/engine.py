@@ -206,6 +206,8 @@ class Engine:
         inside = sequence.computed == request.context < len(request.prompt_token_ids)
         if inside and isinstance(layout, StagedLayout) and layout.chunk is None:
             self._remember(sequence)
+            # A shared page frees nothing when it is dropped: if there is no room for both, the snapshot goes again.
+            self.memory.reserve(sequence.held, sequence.computed)
 
     def _remember(self, sequence: Sequence) -> None:
         if self._config.prefix_caching:

@@ -157,7 +157,9 @@ class Scheduler:
             return None
         index, layout = self._memory.prefixes[request.lane], self._memory.layouts[request.lane]
         if isinstance(layout, CacheLayout):
-            known: PageTables | None = index.match(sequence.tokens)
+            # A hit may not go past the first position whose logits are wanted.
+            tokens = sequence.tokens if request.tap is None else sequence.tokens[: request.tap.start + 1]
+            known: PageTables | None = index.match(tokens)
             return None if known is None else known.fork(pool)
         # The last token of a prompt has to be computed for its logits, and nothing may have been dropped before.
         whole = layout.chunk is None and request.context < len(request.prompt_token_ids)

@@ -132,12 +132,13 @@ class StagedTables:
         """A second holder of the same pages, under another layout if nothing has been coded yet."""
         twin = StagedTables(layout or self.layout, self.context)
         twin.length, twin.settled = self.length, self.settled
-        twin.rows[: len(self.rows)] = self.rows
+        tracks = min(len(self.rows), len(twin.rows))  # under another layout only the first one holds anything
+        twin.rows[:tracks] = self.rows[:tracks]
         twin._widen(self.pages_of.shape[2])
-        twin.pages_of[: len(self.rows), :, : self.pages_of.shape[2]] = self.pages_of
-        for watch, tracks in self.mass.items():
-            empty = [torch.zeros(self.layout.heads, 0)] * (twin.layout.tracks - len(tracks))
-            twin.mass[watch] = [m.clone() for m in tracks] + empty
+        twin.pages_of[:tracks, :, : self.pages_of.shape[2]] = self.pages_of[:tracks]
+        for watch, mass in self.mass.items():
+            empty = [torch.zeros(self.layout.heads, 0)] * (len(twin.rows) - tracks)
+            twin.mass[watch] = [m.clone() for m in mass[:tracks]] + empty
         twin.records = {name: record.copy() for name, record in self.records.items()}
         if layout is None:
             twin.bases = list(self.bases)
@@ -173,7 +174,7 @@ class StagedTables:
         """Heads whose last page is to be copied, and (heads, columns) of new pages, all in track 0."""
         rows, capacity = self.rows[0], self.layout.raw.capacity
         have, want = -(-rows // capacity), -(-(rows + length - self.length) // capacity)
-        partial = np.flatnonzero(rows % capacity)
+        partial = np.flatnonzero((rows % capacity) * (length > self.length))
         shared = partial[pool.shared(self.pages_of[0, partial, have[partial] - 1])]
         new = want - have
         heads = np.repeat(np.arange(len(new)), new)
