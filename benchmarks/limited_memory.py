@@ -3,8 +3,8 @@
     python benchmarks/limited_memory.py --text TEXT --kv none --kv 'batchmax(policy="snapkv",budget=512)'
 
 All requests are there at once: `--requests` different pieces of the text, of `--prompt` tokens each, to be continued
-by `--output` tokens. The memory is what the pages of `--dense-requests` of them take in a dense 16-bit cache. Prints one JSON
-object per method; `speedup` is against the first one.
+by `--output` tokens. The memory is what the pages of `--dense-requests` of them take in a dense 16-bit cache. Prints
+one JSON object per method; `speedup` is against the first one.
 """
 
 import argparse

@@ -10,7 +10,9 @@ import pytest
 from tests.conftest import TINY_TEXT
 from tests.server.running import RunningServer
 
-WINDOW, AGNOSTIC, AWARE = "streaming(window=64)", 'snapkv(budget=64,compress="context")', "h2o(budget=64)+int8(recent=16)"
+WINDOW = "streaming(window=64)"
+AGNOSTIC = 'snapkv(budget=64,compress="context")'
+AWARE = "h2o(budget=64)+int8(recent=16)"
 DOCUMENT = TINY_TEXT * 4
 
 
@@ -49,6 +51,15 @@ def test_a_context_is_compressed_before_the_question_and_kept_for_the_next_one(u
         held.append(usage["kv"]["compression"])
     assert cached[0] == 0 < cached[1]
     assert min(held) > 2
+
+
+def test_a_context_may_be_marked_in_token_ids(url: str) -> None:
+    ids = httpx.post(f"{url}/v1/tokenize", json={"prompt": DOCUMENT}, timeout=60).json()["tokens"]
+    answer = post(url, "completions", prompt=[*ids, 5, 6, 7], context_tokens=len(ids), kv=AGNOSTIC)
+    assert answer.json()["usage"]["kv"]["compression"] > 2
+    for wrong in ({"context_tokens": len(ids) + 4}, {"context_tokens": 3, "context": "x"}, {"context_tokens": 0}):
+        refused = post(url, "completions", prompt=[*ids, 5, 6, 7], kv=AGNOSTIC, **wrong)
+        assert refused.status_code in (400, 422)
 
 
 def test_in_a_chat_the_context_is_all_before_the_last_message(url: str) -> None:

@@ -56,7 +56,8 @@ class QueryMoments:
 class Expected(Policy):
     """`expected(budget=1024)`: with queries before RoPE distributed as N(mu, Sigma), and R the mean rotation of the
     next `future` positions, score = exp(q . k / sqrt(d) + k^T C k / (2 d)) with q = R mu and C = R Sigma R^T,
-    normalised over keys, averaged over a group's query heads, times the norm of the value.
+    normalised over all keys but the sinks' (a query head that looks at little else counts as much as the others then),
+    averaged over a group's query heads, times the norm of the value.
 
     Deviations: mean and covariance are of all queries since the start, the first four left out, the covariance
     being the same for all future positions; the score of the newest `recent` tokens is not computed.
@@ -93,7 +94,8 @@ class Expected(Policy):
             covariance = (turn @ covariance @ turn.T).unflatten(0, (heads, -1))
             linear = torch.einsum("jgd,jrd->jgr", mean, keys) / math.sqrt(d)
             square = torch.einsum("jrd,jgde,jre->jgr", keys, covariance, keys) / (2 * d)
-            logits = (linear + square).masked_fill(~held.valid[layer][:, None], float("-inf"))
+            others = (held.valid & ~held.first(self.sinks))[layer]
+            logits = (linear + square).masked_fill(~others[:, None], float("-inf"))
             found[layer] = logits.softmax(-1).mean(1) * values.norm(dim=-1)
         return found
 

@@ -44,6 +44,8 @@ async def _prepare(service: Service, request: CompletionRequest) -> "_Job":
     adds, prompts = [], _prompts(request)
     if len(prompts) * params.n > MOST_COMPLETIONS:
         raise APIError(400, f"{len(prompts)} prompts with n={params.n} are too many; ask for less at once", param="n")
+    if request.context and request.context_tokens:
+        raise APIError(400, "context and context_tokens exclude each other; give one of them", param="context")
     context = await text.encode(request.context) if request.context else []
     for prompt in prompts:
         ids = await text.encode(prompt, special=not context) if isinstance(prompt, str) else prompt
@@ -51,7 +53,8 @@ async def _prepare(service: Service, request: CompletionRequest) -> "_Job":
         if not ids:
             raise APIError(400, "the prompt is empty; give at least one token", param="prompt")
         service.check_length(len(ids), request.max_tokens, lane, "prompt")
-        adds.append(Add(new_id("req"), ids, params, lane, context=len(context) or None))
+        mark = request.context_tokens or len(context) or None
+        adds.append(Add(new_id("req"), ids, params, lane, context=mark))
     service.log_prompts(request.prompt)
     return _Job(service, text, model, request, adds)
 

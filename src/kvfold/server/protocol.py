@@ -174,6 +174,9 @@ class CompletionRequest(SamplingFields):
     context: str | None = Field(
         None, description='Text before the prompt: what a method with compress="context" compresses before it reads on.'
     )
+    context_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="The same where the prompt is token ids: how many of the first ones are the context."
+    )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = Field(None, description="Only as many as n.")
