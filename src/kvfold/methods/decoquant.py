@@ -63,7 +63,8 @@ class DecoQuant:
             return [Basis(Factored(small[0]), Factored(small[1]))]
 
         formats = ((fmt,) * shape.kv_heads,) * shape.layers
-        return Encoder((formats,), self.sinks, self.recent, fit=fit, enough=shape.head_dim)
+        small = shape.layers * shape.head_dim * shape.head_dim  # numbers of a factor, of keys or of values
+        return Encoder((formats,), self.sinks, self.recent, fit=fit, enough=shape.head_dim, basis_bytes=2 * 2 * small)
 
 
 def _small_factor(rows: Tensor) -> Tensor:

@@ -20,36 +20,46 @@ SKIPPED = 4  # first queries, unlike all others
 
 @dataclass
 class QueryMoments:
-    """Sums over queries with RoPE taken back: float32 [layers, H, d], [layers, H, d, d], and how many they were.
+    """Sums over queries with RoPE taken back, and how many they were, float32: total [layers, H, d], products of two
+    dimensions [layers, H, d (d + 1) / 2], each pair once.
 
     frequencies: RoPE's inverse frequencies of each layer, half as many as dimensions are rotated.
     """
 
     total: Tensor
-    square: Tensor
+    products: Tensor
     count: Tensor
     frequencies: Frequencies
 
     @classmethod
     def zeros(cls, shape: CacheShape) -> "QueryMoments":
-        sizes = (shape.layers, shape.heads, shape.head_dim)
+        heads, d = (shape.layers, shape.heads), shape.head_dim
         return cls(
-            torch.zeros(sizes), torch.zeros(*sizes, shape.head_dim), torch.zeros(shape.layers), shape.frequencies
+            torch.zeros(*heads, d), torch.zeros(*heads, d * (d + 1) // 2), torch.zeros(shape.layers), shape.frequencies
         )
 
     def add(self, layer: int, q: Tensor, first: int, event: int) -> None:
         positions = torch.arange(first, first + len(q))
         q = rotated(q, -positions, self.frequencies[layer])[max(0, SKIPPED - first) :].transpose(0, 1)
         self.total[layer] += q.sum(1)
-        self.square[layer] += q.mT @ q
+        self.products[layer] += (q.mT @ q)[:, *torch.triu_indices(q.shape[-1], q.shape[-1])]
         self.count[layer] += q.shape[1]
 
+    def moments(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance, [H, d] and [H, d, d]."""
+        count, d = self.count[layer].clamp(min=1), self.total.shape[-1]
+        mean = self.total[layer] / count
+        square = mean.new_empty(*mean.shape, d)
+        rows, columns = torch.triu_indices(d, d)
+        square[:, rows, columns] = square[:, columns, rows] = self.products[layer] / count
+        return mean, square - mean[..., :, None] * mean[..., None, :]
+
     def copy(self) -> "QueryMoments":
-        return QueryMoments(self.total.clone(), self.square.clone(), self.count.clone(), self.frequencies)
+        return QueryMoments(self.total.clone(), self.products.clone(), self.count.clone(), self.frequencies)
 
     @property
     def nbytes(self) -> int:
-        return self.total.nbytes + self.square.nbytes + self.count.nbytes
+        return self.total.nbytes + self.products.nbytes + self.count.nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +93,7 @@ class Expected(Policy):
         found = torch.zeros(held.shape)
         for layer, model_layer in enumerate(held.model_layers):
             keys, values = held.rows(layer)
-            count = moments.count[model_layer].clamp(min=1)
-            mean = moments.total[model_layer] / count
-            covariance = moments.square[model_layer] / count - mean[..., :, None] * mean[..., None, :]
+            mean, covariance = moments.moments(model_layer)
             frequencies = moments.frequencies[model_layer]
             ahead = torch.arange(held.length, held.length + self.future)
             turn = rotation_matrix(ahead, frequencies, keys.shape[-1])

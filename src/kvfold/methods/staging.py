@@ -57,6 +57,13 @@ class Staging:
         tables.records = {name: r for name, r in tables.records.items() if name in wanted}
         tables.settled = tables.length
 
+    def beside(self, context: int) -> int:
+        """Bytes that a sequence holds beside its pages when a context of `context` tokens has just been compressed."""
+        rows = self.layout.keep(context) or context
+        observed = 4 * self.layout.heads * min(rows, context) * len(self.layout.watches)
+        lasting = sum(self.records[name]().nbytes for name in self._lasting)
+        return observed + lasting + (0 if self.encoder is None else self.encoder.basis_bytes)
+
     @property
     def _kept(self) -> list[Watch]:
         """Watches whose sums go on after an event."""

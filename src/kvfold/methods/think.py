@@ -85,4 +85,5 @@ class Think:
 
         record = {self.name: lambda: QuerySquares(torch.zeros(shape.layers, shape.kv_heads, shape.head_dim))}
         formats = ((fmt,) * shape.kv_heads,) * shape.layers
-        return Encoder((formats,), self.sinks, self.recent, fit=fit, records=record)
+        channels = 2 * shape.layers * shape.kv_heads * kept
+        return Encoder((formats,), self.sinks, self.recent, fit=fit, records=record, basis_bytes=channels)

@@ -97,6 +97,8 @@ class ZipCache:
             fit=fit,
             classify=lambda held, fresh: by_saliency(held, fresh, self.salient),
             watches=WATCHES,
+            # Scale and origin of keys in each class, and of values.
+            basis_bytes=3 * 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim,
         )
 
 
