@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +22,9 @@ COLUMNS = {
     "query_aware": "query-aware",
     "paper": "paper",
 }
+BRIEF = ("name", "kind", "saves", "needs", "paper")
+"""Columns where the terminal has no room for all."""
+WIDE = 150
 
 
 def methods(
@@ -47,10 +51,15 @@ def methods(
 
 
 def _print(facts: list[dict[str, Any]]) -> None:
-    table = Table(*COLUMNS.values())
+    console = Console()
+    columns = list(COLUMNS) if console.width >= WIDE else BRIEF
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(COLUMNS[column], no_wrap=column in ("name", "kind", "paper"))
     for each in facts:
-        table.add_row(*(_short(each, column) for column in COLUMNS))
-    Console().print(table)
+        table.add_row(*(_short(each, column) for column in columns))
+    console.print(table)
+    console.print("All about one of them: kvfold methods NAME. All facts: --json, --markdown, or a wider terminal.")
 
 
 def _markdown(facts: list[dict[str, Any]]) -> str:
