@@ -49,6 +49,7 @@ EVERY_FAMILY = (
     "streaming",
     *("snapkv", "pyramidkv", "adakv", "kvcompress", "h2o", "tova", "expected", "keydiff", "ems", "batchmax"),
     *("dbudgetkv", "snapkv+kivi(bits=4)", "snapkv+zeroc(bits=4)"),
+    *("kvcompress+int4", "kvcompress+zeroc(bits=4)", "kvcompress+zeroc(bits=6)"),
 )
 """What `all` stands for: every method, codecs of fixed widths with all of them, and policies with a codec."""
 

@@ -142,23 +142,34 @@ class StagedLayout:
         return length > 0 and self.next_event(length - 1, context) == length
 
     def pages_after(self, length: int, context: int, waiting: int = 0) -> int:
-        """No fewer pages than an event leaves at `length` tokens, and `waiting` tokens that came since."""
-        kept = self.keep(context)
+        """No fewer pages than an event leaves at `length` tokens, and `waiting` tokens that came since.
+
+        Where heads have budgets of their own only their sum is known: each has a page end, and the longest may be those
+        whose pages hold least.
+        """
+        return self._pages(length, context, waiting, unequal=self.budget is not None)
+
+    def typical_pages(self, context: int) -> int:
+        """Pages that a context's event leaves, if heads that have budgets of their own are much like each other."""
+        return self._pages(context, context, 0, unequal=False)
+
+    def _pages(self, length: int, context: int, waiting: int, unequal: bool) -> int:
+        kept, near, raw = self.keep(context), self.sinks + self.recent, self.raw.capacity
         held = length if kept is None else min(kept, length)
         windowed = np.minimum(self.windowed[self.windowed > 0], length) + waiting
+        pages = int((-(-windowed // raw)).sum())
         full = np.flatnonzero(self.windowed == 0)
-        pages = int((-(-windowed // self.raw.capacity)).sum())
-        if not self.coded:
-            # Where heads have budgets of their own only their sum is known: one page end each, at worst.
-            return pages + len(full) * (held + waiting) // self.raw.capacity + len(full)
-        unequal = 0 if kept is None else len(full)
-        near = self.sinks + self.recent
-        coded = len(full) * -(-(min(held, near + self.block - 1) + waiting) // self.raw.capacity)
-        for share, capacity in zip(self.shares, self.capacity[1:, full], strict=True):
-            coded += int(np.ceil(share * held / capacity).sum()) + unequal
+        ends = len(full) if unequal else 0
         # As long as there is not enough to fit coordinates to, nothing is coded.
-        whole = len(full) * -(-(min(held, near + self.enough) + waiting) // self.raw.capacity) + unequal
-        return pages + max(coded, whole)
+        uncoded = (min(held, near + self.enough) if self.coded else held) + waiting
+        most = len(full) * uncoded // raw + ends if unequal else len(full) * -(-uncoded // raw)
+        if not self.coded:
+            return pages + most
+        coded = len(full) * -(-(min(held, near + self.block - 1) + waiting) // raw)
+        for share, capacity in zip(self.shares, self.capacity[1:, full], strict=True):
+            pages_each = share * max(0, held - near) / capacity
+            coded += int(np.ceil(np.full(len(full), pages_each.max(initial=0)) if unequal else pages_each).sum()) + ends
+        return pages + max(coded, most)
 
     def pages(self, length: int, context: int | None = None) -> int:
         """No fewer pages than are held at `length` tokens, by default just after the context's event."""
