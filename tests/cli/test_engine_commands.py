@@ -57,6 +57,18 @@ def test_chat_wraps_the_prompt_in_the_template(kvfold_here: Kvfold, tiny_llama: 
     assert chat > raw
 
 
+def test_a_context_file_stands_before_every_prompt(kvfold_here: Kvfold, tiny_llama: Path, tiny_text: Path) -> None:
+    document = tiny_text.with_name("document")
+    document.write_text(tiny_text.read_text(encoding="utf-8")[:600], encoding="utf-8")
+    options = ("generate", "--model", tiny_llama, "--max-tokens", "4", "--prompt", PROMPTS[0], "--prompt", PROMPTS[1])
+    alone = parsed(kvfold_here, *options)["outputs"]
+    for chat in ("--raw", "--chat"):
+        more = ("--context-file", document, "--kv", "snapkv(budget=40,compress=context)", chat)
+        outputs = parsed(kvfold_here, *options, *more)["outputs"]
+        assert all(o["prompt_tokens"] > a["prompt_tokens"] + 50 for o, a in zip(outputs, alone, strict=True))
+        assert all(o["kv"]["bytes"] < o["kv"]["dense_bytes"] for o in outputs)
+
+
 def test_generated_text_is_all_there_is_on_stdout(kvfold: Kvfold, kvfold_here: Kvfold, tiny_llama: Path) -> None:
     options = ("generate", "--model", tiny_llama, "--max-tokens", "8", "--prompt-file", "-")
     result = kvfold(*options, stdin=PROMPTS[0])

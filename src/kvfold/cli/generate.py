@@ -30,6 +30,15 @@ def generate(
         list[Path] | None,
         typer.Option("--prompt-file", help="File with a prompt, - for stdin; may be repeated.", metavar="FILE"),
     ] = None,
+    context_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--context-file",
+            help="File with a document that stands before each prompt; methods with compress=context compress it "
+            "before they read the prompt, and it is read once.",
+            metavar="FILE",
+        ),
+    ] = None,
     chat: Annotated[
         bool,
         typer.Option("--chat/--raw", help="Put each prompt into the model's chat template, or take it as it is."),
@@ -55,6 +64,7 @@ def generate(
     parse_method(kv)
     memory = parse_bytes(kv_memory)
     prompts = read_prompts(prompt or [], prompt_file or [])
+    context = None if context_file is None else read_prompts([], [context_file])[0]
 
     params = kvfold.SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
@@ -65,10 +75,12 @@ def generate(
         print_curve(llm.curve)
     started = time.perf_counter()
     if chat:
-        conversations = [[{"role": "user", "content": text}] for text in prompts]
+        before = [] if context is None else [{"role": "system", "content": context}]
+        conversations = [[*before, {"role": "user", "content": text}] for text in prompts]
         outputs = llm.chat(conversations, params, progress=progress)
     else:
-        outputs = llm.generate(prompts, params, progress=progress)
+        marked = [text if context is None else {"context": context, "prompt": text} for text in prompts]
+        outputs = llm.generate(marked, params, progress=progress)
     seconds = time.perf_counter() - started
     if json:
         results = [_result(output) for output in outputs]

@@ -119,7 +119,7 @@ class Engine:
             label = self.lanes[lane].label
             raise PromptError(
                 f"{label} compresses a context before the question is read, and this prompt marks none; "
-                'give the context apart ({"context": ..., "prompt": ...}) or use compress="prompt"'
+                'give the context apart ({"context": ..., "prompt": ...}, --context-file) or use compress="prompt"'
             )
         if not 0 < context <= length:
             raise PromptError(f"context={context} is out of range; give 1 to the prompt's {length} tokens")
