@@ -8,6 +8,7 @@ from kvfold.config.engine import EngineConfig
 from kvfold.engine.memory import KVMemory, Tables
 from kvfold.engine.sequence import Sequence
 from kvfold.kv.layout import CacheLayout
+from kvfold.kv.staged import StagedLayout
 from kvfold.kv.staged_tables import StagedTables
 from kvfold.kv.tables import PageTables
 
@@ -27,8 +28,9 @@ class Scheduled:
 
 
 class Scheduler:
-    """Sequences wait in order of arrival and run in order of arrival. When memory runs out the youngest running
-    one is preempted: its pages are freed, and it computes its tokens again when it gets back.
+    """Sequences wait in order of arrival and run in order of arrival; whoever has a context that is being read lets
+    others pass until it can be shared. When memory runs out the youngest running one is preempted: its pages are
+    freed, and it computes its tokens again when it gets back.
 
     settle: runs the event that a sequence's tables are due for, its spare pages being reserved."""
 
@@ -67,20 +69,20 @@ class Scheduler:
                 budget -= count
         if self._memory.pool.free_pages > self._free_then:  # a window left pages behind
             self.reconsider()
-        while self.waiting and budget and self.waiting[0] is not self._refused:
-            sequence = self.waiting[0]
-            if not self._has_place(sequence):
+        while budget:
+            entering = next((s for s in self.waiting if not self._is_being_read(s)), None)
+            if entering is None or entering is self._refused or not self._has_place(entering):
                 break
-            if not self._admit(sequence):
-                self._refused, self._free_then = sequence, self._memory.pool.free_pages
+            if not self._admit(entering):
+                self._refused, self._free_then = entering, self._memory.pool.free_pages
                 break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            count = self._count(sequence, budget)
-            if not self._memory.reserve(sequence.held, sequence.computed + count):
-                self._preempt(sequence)
+            self.waiting.remove(entering)
+            self.running.append(entering)
+            count = self._count(entering, budget)
+            if not self._memory.reserve(entering.held, entering.computed + count):
+                self._preempt(entering)
                 break
-            scheduled.append(Scheduled(sequence, count))
+            scheduled.append(Scheduled(entering, count))
             budget -= count
         return scheduled
 
@@ -150,6 +152,26 @@ class Scheduler:
             self.prefix_hit_tokens += tables.length
         return True
 
+    def _is_being_read(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is about to leave behind what this one can begin with: its context."""
+        if not self._shares_context(sequence):
+            return False
+        context = sequence.request.context
+        return any(
+            other.computed < context == other.request.context
+            and self._shares_context(other)
+            and other.tokens[:context] == sequence.tokens[:context]
+            for other in self.running
+        )
+
+    def _shares_context(self, sequence: Sequence) -> bool:
+        """Whether a sequence leaves its context, uncompressed, to others, and takes it from them."""
+        request, layout = sequence.request, self._memory.layouts[sequence.request.lane]
+        if not self._config.prefix_caching or not isinstance(layout, StagedLayout) or layout.chunk is not None:
+            return False
+        # The last token of a prompt has to be computed for its logits.
+        return request.context < len(request.prompt_token_ids) and request.params.prompt_logprobs is None
+
     def _known(self, sequence: Sequence) -> Tables | None:
         """A fork of what is known of the sequence's beginning, if anything."""
         request, pool = sequence.request, self._memory.pool
@@ -161,7 +183,6 @@ class Scheduler:
             tokens = sequence.tokens if request.tap is None else sequence.tokens[: request.tap.start + 1]
             known: PageTables | None = index.match(tokens)
             return None if known is None else known.fork(pool)
-        # The last token of a prompt has to be computed for its logits, and nothing may have been dropped before.
-        whole = layout.chunk is None and request.context < len(request.prompt_token_ids)
-        context: StagedTables | None = index.find(sequence.tokens[: request.context]) if whole else None
+        shared = self._shares_context(sequence)
+        context: StagedTables | None = index.find(sequence.tokens[: request.context]) if shared else None
         return None if context is None else context.fork(pool, layout)
