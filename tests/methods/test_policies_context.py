@@ -95,6 +95,35 @@ def test_a_context_serves_other_methods_too(tiny: GetTiny) -> None:
         assert generated([output]) == generated([ask(tiny("llama").engine(method), QUESTIONS[0])]), method
 
 
+def test_requests_that_come_together_read_their_context_once(tiny: GetTiny) -> None:
+    engine = tiny("llama").engine("snapkv(budget=80,compress=context)", chunk=40)
+    expected = generated([ask(engine, QUESTIONS[0])])
+    engine.memory.prefixes[0].clear()
+    contexts = [CONTEXT, CONTEXT, tokens(150, 7), [*CONTEXT[:149], 0], CONTEXT]
+    ids = [engine.add_request(context + QUESTIONS[0], greedy(20), context=150) for context in contexts]
+    outputs = {}
+    while engine.has_unfinished:
+        outputs |= {output.request_id: output for output in engine.step()}
+        engine.check_integrity()
+    assert [outputs[i].metrics.cached_prompt_tokens for i in ids] == [0, 150, 0, 0, 150]
+    assert all(generated([outputs[ids[i]]]) == expected for i in (0, 1, 4))
+
+
+def test_a_context_in_use_outlives_older_prefixes_of_other_lanes(tiny: GetTiny) -> None:
+    """Snapshots are dropped by when they were used last, whichever lane they are of."""
+    methods = ["snapkv(budget=80,compress=context)", "none"]
+    ample = tiny("llama").engine(*methods)
+    pages = ample.memory.pages(0, 170, 150)
+    engine = tiny("llama").engine(*methods, kv_memory=3 * pages * ample.memory.pool.page_bytes, prefix_block=32)
+    cached = []
+    for seed in range(8):
+        cached.append(ask(engine, QUESTIONS[0]).metrics.cached_prompt_tokens)
+        engine.add_request(tokens(160, 20 + seed), greedy(2), lane=1)
+        while engine.has_unfinished:
+            engine.step()
+    assert cached == [0] + 7 * [150]
+
+
 @pytest.mark.parametrize(
     "method", ["staged(compress=context)+int4(recent=16)", METHODS[-2], "tova(budget=0.9,compress=context)"]
 )

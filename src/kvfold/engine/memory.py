@@ -1,5 +1,6 @@
 """The engine's KV memory: one pool, the layouts of its lanes and their prefix indices."""
 
+import itertools
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -32,9 +33,10 @@ class KVMemory:
             raise ConfigError(f"kv_memory={kv_memory} does not hold one page; give at least {page_bytes} bytes")
         self.layouts = list(layouts)
         self.pool = PagePool(kv_memory // page_bytes, page_bytes)
-        contexts: PrefixIndex[Any] = PrefixIndex(self.pool)
+        clock = itertools.count()
+        contexts: PrefixIndex[Any] = PrefixIndex(self.pool, clock)
         self.prefixes: list[PrefixIndex[Any]] = [
-            contexts if isinstance(layout, StagedLayout) else PrefixIndex(self.pool) for layout in layouts
+            contexts if isinstance(layout, StagedLayout) else PrefixIndex(self.pool, clock) for layout in layouts
         ]
         self._indices = list(dict.fromkeys(self.prefixes))
         staged = [staging for staging in stagings if staging is not None]
@@ -80,12 +82,17 @@ class KVMemory:
             try:
                 tables.reserve(self.pool, length)
             except PoolExhausted:
-                evicted = next(filter(None, (index.evict() for index in self._indices)), 0)
-                if not evicted:
+                if not self._evict():
                     return False
-                self.evicted_tokens += evicted
             else:
                 return True
+
+    def _evict(self) -> bool:
+        """Drops the snapshot that was used least recently, of whatever lane. False where there is none."""
+        used = [(index.oldest, index) for index in self._indices if index.oldest is not None]
+        if used:
+            self.evicted_tokens += min(used, key=lambda pair: pair[0])[1].evict()
+        return bool(used)
 
     def available(self) -> int:
         """Pages that sequences could take: free ones and those that only snapshots hold."""

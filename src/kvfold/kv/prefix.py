@@ -1,8 +1,9 @@
 """Caches of prefixes that requests left behind, found again by the tokens they hold."""
 
 import hashlib
+import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -19,11 +20,14 @@ class PrefixIndex(Generic[AnyTables]):
 
     A snapshot holds the exact recent tokens of its length too, so that whoever goes on from it computes what it
     would have computed without it. Its pages are shared by reference count and copied by whoever writes first.
+    clock: indices that share one know which of them holds what was used least recently.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, clock: Iterator[int] | None = None) -> None:
         self._pool = pool
+        self._clock = itertools.count() if clock is None else clock
         self._entries: OrderedDict[bytes, AnyTables] = OrderedDict()
+        self._used: dict[bytes, int] = {}
         self._lengths: Counter[int] = Counter()
 
     def __len__(self) -> int:
@@ -35,30 +39,36 @@ class PrefixIndex(Generic[AnyTables]):
             raise ValueError(f"tables of {tables.length} tokens for a prefix of {len(tokens)}")
         digest = _digests(tokens, [len(tokens)])[0]
         if digest in self._entries:
-            self._entries.move_to_end(digest)
             tables.release(self._pool)
-            return
-        self._entries[digest] = tables
-        self._lengths[tables.length] += 1
+        else:
+            self._entries[digest] = tables
+            self._lengths[tables.length] += 1
+        self._touch(digest)
 
     def match(self, tokens: Sequence[int]) -> AnyTables | None:
         """The longest snapshot of a proper prefix of `tokens`, to be forked, or None."""
         lengths = sorted(n for n in self._lengths if n < len(tokens))
         for digest in reversed(_digests(tokens, lengths)):
             if digest in self._entries:
-                self._entries.move_to_end(digest)
-                return self._entries[digest]
+                return self._touch(digest)
         return None
 
     def find(self, tokens: Sequence[int]) -> AnyTables | None:
         """The snapshot of exactly these tokens, to be forked, or None."""
-        return self._entries.get(_digests(tokens, [len(tokens)])[0])
+        digest = _digests(tokens, [len(tokens)])[0]
+        return self._touch(digest) if digest in self._entries else None
+
+    @property
+    def oldest(self) -> int | None:
+        """When the least recently used snapshot was used, None where there is none."""
+        return self._used[next(iter(self._entries))] if self._entries else None
 
     def evict(self) -> int:
         """Drops the least recently used snapshot. Returns how many tokens it had, 0 where there is none."""
         if not self._entries:
             return 0
-        _, tables = self._entries.popitem(last=False)
+        digest, tables = self._entries.popitem(last=False)
+        del self._used[digest]
         length = tables.length
         self._lengths[length] -= 1
         if not self._lengths[length]:
@@ -81,6 +91,11 @@ class PrefixIndex(Generic[AnyTables]):
             return 0
         pages, counts = np.unique(np.concatenate(held), return_counts=True)
         return int((self._pool.references(pages) == counts).sum())
+
+    def _touch(self, digest: bytes) -> AnyTables:
+        self._entries.move_to_end(digest)
+        self._used[digest] = next(self._clock)
+        return self._entries[digest]
 
 
 def _digests(tokens: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
