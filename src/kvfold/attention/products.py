@@ -39,7 +39,7 @@ class Stored:
     def rows(self) -> int:
         return self.keys.shape[-1]
 
-    def tile(self, queries: slice) -> "Stored":
+    def tile(self, queries: slice | Tensor) -> "Stored":
         """For some of the queries only."""
         return self if self.mask.shape[-2] == 1 else replace(self, mask=self.mask[..., queries, :])
 
@@ -87,7 +87,7 @@ class StoredCodes:
     mask: Tensor
     rows: int
 
-    def tile(self, queries: slice) -> "StoredCodes":
+    def tile(self, queries: slice | Tensor) -> "StoredCodes":
         return self if self.mask.shape[-2] == 1 else replace(self, mask=self.mask[..., queries, :])
 
     def scores(self, q: Tensor) -> Tensor:
@@ -124,19 +124,27 @@ def _seen(values: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Merged:
-    """out: [N, heads, g, Lq, d]; lse: [N, heads, g, Lq]; weights: per part [N, heads, g, Lq, rows] if asked for."""
+    """out: [N, heads, g, Lq, d]; lse: [N, heads, g, Lq]; weights: per part those of the watched queries [N, heads, g,
+    W, rows], if any."""
 
     out: Tensor
     lse: Tensor
     weights: list[Tensor]
 
 
-def merged(q: Tensor, parts: Sequence[AnyStored], *, weights: bool = False) -> Merged:
-    """Softmax attention of q [N, heads, g, Lq, d] (scaled) over all parts."""
+def merged(q: Tensor, parts: Sequence[AnyStored], watched: Tensor | None = None) -> Merged:
+    """Softmax attention of q [N, heads, g, Lq, d] (scaled) over all parts. watched: queries whose weights are wanted,
+    int64 [W]."""
     n, heads, group, lq, _ = q.shape
     plain = [part for part in parts if isinstance(part, Stored) and all(basis is None for basis in part.bases)]
-    if lq > 1 and not weights and len(plain) == len(parts):
-        return _fused(q, plain)
+    count = 0 if watched is None else len(watched)
+    if lq > 1 and 2 * count < lq and len(plain) == len(parts):
+        result = _fused(q, plain)
+        if watched is None or not count:
+            return result
+        # The fused kernel keeps the weights to itself: a few queries are worked off once more.
+        again = merged(q[..., watched, :], [part.tile(watched) for part in plain], torch.arange(count))
+        return replace(result, weights=again.weights)
     flat = q.flatten(2, 3)
     scores = torch.cat([part.scores(flat) for part in parts], -1).unflatten(2, (group, lq))
     sizes = [part.rows for part in parts]
@@ -147,7 +155,8 @@ def merged(q: Tensor, parts: Sequence[AnyStored], *, weights: bool = False) -> M
     out = torch.zeros_like(flat)
     for part, share in zip(parts, shares, strict=True):
         part.weighted(share.flatten(2, 3), out)
-    return Merged(out.view_as(q), lse, list(shares) if weights else [])
+    weights = [share if count == lq else share[..., watched, :] for share in shares] if count else []
+    return Merged(out.view_as(q), lse, weights)
 
 
 def _fused(q: Tensor, parts: Sequence[Stored]) -> Merged:

@@ -65,15 +65,15 @@ class StagedPlan:
             for t in range(0, lq, tile):
                 part = slice(t, min(t + tile, lq))
                 stored = [p.stored.tile(part) for p in parts] + [fresh.tile(part)]
-                watched = group.watched(part)
-                result = merged(q[:, heads, :, part], stored, weights=watched)
+                watched = group.watched(part).nonzero()[:, 0]
+                result = merged(q[:, heads, :, part], stored, watched)
                 out[:, heads, :, part], lse[:, heads, :, part] = result.out, result.lse
-                if watched:
+                if len(watched):
                     visible = [
-                        s.mask.expand(w.shape[0], w.shape[1], *w.shape[3:])
+                        s.tile(watched).mask.expand(w.shape[0], w.shape[1], *w.shape[3:])
                         for s, w in zip(stored, result.weights, strict=True)
                     ]
-                    group.observe(layer, heads, part, [p.track for p in parts], visible, result.weights)
+                    group.observe(layer, heads, t + watched, [p.track for p in parts], visible, result.weights)
         return out.permute(0, 3, 1, 2, 4).reshape(n, lq, n_heads, d), lse.permute(0, 3, 1, 2).reshape(n, lq, n_heads)
 
     def _parts(self, group: "_Group", layer: int, heads: Tensor) -> Iterator["_Part"]:
@@ -149,24 +149,27 @@ class _Group:
         distance = held[..., None, None] - row + torch.arange(self.lq)[:, None]
         return mask & (distance < window)
 
-    def watched(self, part: slice) -> bool:
-        return any(bool(mask[part].any()) for own in self._watches for mask in own.values())
+    def watched(self, part: slice) -> Tensor:
+        """Which of the new queries `part` any watch of any sequence is on, bool [n]."""
+        none = torch.zeros(self.lq, dtype=torch.bool)
+        return torch.stack([none, *(mask for own in self._watches for mask in own.values())]).any(0)[part]
 
     def observe(
         self,
         layer: int,
         heads: Tensor,
-        part: slice,
+        watched: Tensor,
         tracks: list[int],
         visible: list[Tensor],
         weights: list[Tensor],
     ) -> None:
-        """Adds up what keys received. visible, weights: per part (tracks, then new tokens) which keys each query
-        sees [N, heads, Lq', rows] and how much it attends to them [N, heads, g, Lq', rows]."""
+        """Adds up what keys received from the new queries `watched` [W]. visible, weights: per part (tracks, then new
+        tokens) which keys each of them sees [N, heads, W, rows] and how much it attends to them [N, heads, g, W, rows].
+        """
         flat = layer * self._layout.kv_heads + heads
         for i, (step, watches) in enumerate(zip(self.steps, self._watches, strict=True)):
             for watch, queries in watches.items():
-                which = queries[part]
+                which = queries[watched]
                 if not which.any():
                     continue
                 if watch.power:
