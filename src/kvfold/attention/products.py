@@ -169,7 +169,9 @@ def _fused(q: Tensor, parts: Sequence[Stored]) -> Merged:
         for side in ([part.keys for part in parts], [part.values for part in parts])
     )
     keys.masked_fill_(~mask.any(2)[..., None], 0)  # here the mask is added, and NaN - inf is NaN
-    bias = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf")).repeat(1, 1, group, 1)
+    bias = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf")).expand(n, heads, lq, -1).flatten(0, 1)[:, None]
+    # A KV head counts as a batch, whose query heads share keys and values without a copy.
+    keys, values = (x.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public function keeps the lse to itself
-    out, lse = attend(q.flatten(2, 3), keys, values, 0.0, False, attn_mask=bias, scale=1.0)
+    out, lse = attend(q.flatten(0, 1), keys, values, 0.0, False, attn_mask=bias, scale=1.0)
     return Merged(out.view_as(q), lse.view(n, heads, group, lq), [])
