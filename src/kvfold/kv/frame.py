@@ -111,6 +111,38 @@ class Mapped:
 
 
 @dataclass(frozen=True)
+class Rescaled:
+    """u = (inner(x) - middle) / step with steps and middles of a sequence's own, float16 [L, G, d]; origin: x at u = 0,
+    float32 [L, G, d]."""
+
+    inner: Mapped
+    step: Tensor
+    middle: Tensor
+    origin: Tensor
+
+    @classmethod
+    def of(cls, inner: Mapped, step: Tensor, middle: Tensor) -> "Rescaled":
+        """step, middle: float32 [L, G, d], in the units of `inner`."""
+        middle = middle.half()
+        lifted = (inner.backward @ middle.float()[..., None])[..., 0]
+        return cls(inner, step.half(), middle, lifted if inner.origin is None else lifted + inner.origin)
+
+    def into(self, layer: int, heads: Tensor, x: Tensor) -> Tensor:
+        middle, step = (t[layer, heads].float()[:, None] for t in (self.middle, self.step))
+        return (self.inner.into(layer, heads, x) - middle) / step
+
+    def lift(self, layer: int, heads: Tensor, u: Tensor) -> Tensor:
+        return self.inner.lift(layer, heads, u * self.step[layer, heads].float()[:, None, : u.shape[-1]])
+
+    def turn(self, layer: int, heads: Tensor, q: Tensor) -> Tensor:
+        return self.inner.turn(layer, heads, q) * self.step[layer, heads].float()[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        return self.step.nbytes + self.middle.nbytes + self.origin.nbytes
+
+
+@dataclass(frozen=True)
 class Factored:
     """x = u @ factor^T, one factor per layer for all of its heads. factor: float16 [L, d, d], invertible."""
 

@@ -149,9 +149,11 @@ class StagedLayout:
         """
         return self._pages(length, context, waiting, unequal=self.budget is not None)
 
-    def typical_pages(self, context: int) -> int:
-        """Pages that a context's event leaves, if heads that have budgets of their own are much like each other."""
-        return self._pages(context, context, 0, unequal=False)
+    def typical_pages(self, context: int, uneven: bool = False) -> int:
+        """Pages that a context's event leaves; heads that have budgets of their own (`uneven`) are taken to be much
+        like each other, with half a page end each."""
+        ends = int((self.windowed == 0).sum()) * max(1, len(self.coded)) // 2
+        return self._pages(context, context, 0, unequal=False) + (ends if uneven else 0)
 
     def _pages(self, length: int, context: int, waiting: int, unequal: bool) -> int:
         kept, near, raw = self.keep(context), self.sinks + self.recent, self.raw.capacity

@@ -32,6 +32,10 @@ class AdaKV(SnapKV):
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"adakv alpha={self.alpha} is out of range; choose 0 (all adaptive) to 1 (all equal)")
 
+    @property
+    def uneven(self) -> bool:
+        return True
+
     def counts(self, held: HeldRows, scores: Tensor, budget: int) -> Tensor:
         layers, heads, width = held.shape
         best = ranked(scores.flatten(1))[:, : heads * budget]

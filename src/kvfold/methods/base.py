@@ -1,6 +1,6 @@
 """What a method is made of, and what it may know of a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -98,7 +98,7 @@ class Encoder:
     sinks: int
     recent: int
     shares: tuple[float, ...] = (1.0,)
-    fit: "Callable[[HeldRows, Tensor], list[Basis | None]] | None" = None
+    fit: "Callable[[HeldRows, Tensor], Sequence[Basis | None]] | None" = None
     classify: "Callable[[HeldRows, Tensor], Tensor] | None" = None
     enough: int = 0
     watches: tuple[Watch, ...] = ()

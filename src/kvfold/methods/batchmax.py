@@ -52,6 +52,10 @@ class BatchMax(Policy):
         return cls(**{**arguments, **shared}, inner=inner)
 
     @property
+    def uneven(self) -> bool:
+        return self.inner.uneven
+
+    @property
     def watches(self) -> tuple[Watch, ...]:
         return self.inner.watches
 

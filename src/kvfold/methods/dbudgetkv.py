@@ -58,6 +58,10 @@ class DBudgetKV(Policy):
             return torch.arange(held.shape[2]).float().expand(held.shape).clone()
         return held.mass(self.watches[0])
 
+    @property
+    def uneven(self) -> bool:
+        return True
+
     def counts(self, held: HeldRows, scores: Tensor, budget: int) -> Tensor:
         squares = held.mass(self.watches[0])
         order = ranked(scores)

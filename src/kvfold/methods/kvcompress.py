@@ -35,6 +35,10 @@ class KVCompress(SnapKV):
     def watches(self) -> tuple[Watch, ...]:
         return (Watch(self.window, power=2, renewed=False),)
 
+    @property
+    def uneven(self) -> bool:
+        return True
+
     def counts(self, held: HeldRows, scores: Tensor, budget: int) -> Tensor:
         layers, heads, _ = held.shape
         best = ranked(scores.flatten())[: layers * heads * budget]

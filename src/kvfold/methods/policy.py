@@ -55,6 +55,11 @@ class Policy:
             )
 
     @property
+    def uneven(self) -> bool:
+        """Whether heads have budgets of their own."""
+        return False
+
+    @property
     def least(self) -> int:
         """Tokens that stay whatever the budget."""
         return max(1, self.sinks + self.recent)

@@ -30,6 +30,10 @@ class PyramidKV(SnapKV):
         if self.beta < 1:
             raise ConfigError(f"pyramidkv beta={self.beta} is out of range; choose at least 1")
 
+    @property
+    def uneven(self) -> bool:
+        return True
+
     def counts(self, held: HeldRows, scores: Tensor, budget: int) -> Tensor:
         layers = held.shape[0]
         free = budget - self.least

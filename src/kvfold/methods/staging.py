@@ -35,7 +35,7 @@ class Staging:
         keep, scores = choose(self.policy, held, self.layout)
         classes, keep = self._classes(held, keep, scores, tables)
         if self.encoder is not None and self.encoder.fit is not None and self._unfitted(tables) and classes.any():
-            tables.bases = self.encoder.fit(held, classes.masked_fill(~keep, 0))
+            tables.bases = list(self.encoder.fit(held, classes.masked_fill(~keep, 0)))
         merge = self.policy.merge(held, scores, keep)
         mass = {w: [_left(held.mass(w), keep & (classes == t)) for t in range(self.layout.tracks)] for w in self._kept}
         tables.release_spare(pool)
@@ -59,7 +59,8 @@ class Staging:
 
     def beside(self, context: int) -> int:
         """Bytes that a sequence holds beside its pages when a context of `context` tokens has just been compressed."""
-        rows = self.layout.keep(context) or context
+        # The sums of all heads are as wide as those of the longest, which may have kept everything.
+        rows = context if self.policy.uneven else self.layout.keep(context) or context
         observed = 4 * self.layout.heads * min(rows, context) * len(self.layout.watches)
         lasting = sum(self.records[name]().nbytes for name in self._lasting)
         return observed + lasting + (0 if self.encoder is None else self.encoder.basis_bytes)

@@ -16,9 +16,11 @@ tokens: the tokens of most normalised attention (ZipCache's measure) get another
 
 In a staged cache (with a policy, or with salient_bits) near tokens stay in the model's own units and the maps are
 applied to queries and outputs at run time instead of to the weights: one sequence then holds rows in several units.
+So it may have quantisers of its own: steps and middles are then fitted to its rows when they are coded first
+(`requantise`), 12 bytes per dimension and sequence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
@@ -32,7 +34,9 @@ from kvfold.kv.frame import Basis, Mapped
 from kvfold.kv.layout import CacheLayout
 from kvfold.methods.allocation import WIDTHS, allocate
 from kvfold.methods.base import AttentionWeights, CacheShape, Encoder, Facts, Prepared
+from kvfold.methods.held import HeldRows
 from kvfold.methods.quantiser import check_near
+from kvfold.methods.requantise import requantised
 from kvfold.methods.saliency import WATCHES, by_saliency
 
 MapName = Literal["optimal", "stacked"]
@@ -109,20 +113,28 @@ class ZeroC:
         sides = self._sides(statistics)
         rates = [self.bits] if self.salient_bits is None else [self.salient_bits, self.bits]
         classes = [self._widths(shape, sides, rate) for rate in rates]
-        bases: list[Basis | None] = []
+        bases: list[Basis] = []
         for bits in classes:
             key, value = (sides[s].in_code_units(bits[s]) for s in SIDES)
             # What all far keys have in common is no longer common to all keys, the near ones being as they are.
             bases.append(Basis(_mapped(key), _mapped(value)))
         formats = tuple(self._formats(shape, bits) for bits in classes)
+        widths = [[_ordered(bits[s])[0] for s in SIDES] for bits in classes]
+
+        def fit(held: HeldRows, classes: Tensor) -> Sequence[Basis]:
+            return bases if self.rank is not None else requantised(bases, widths, held, classes)
+
+        # Step and middle in 16 bits, origin in 32, of keys and of values.
+        own = 0 if self.rank is not None else 2 * 8 * len(rates) * shape.layers * shape.kv_heads * shape.head_dim
         if self.salient_bits is None:
-            return Encoder(formats, self.sinks, self.recent, fit=lambda held, classes: bases)
+            return Encoder(formats, self.sinks, self.recent, fit=fit, basis_bytes=own)
         return Encoder(
             formats,
             self.sinks,
             self.recent,
             (self.salient, 1 - self.salient),
-            fit=lambda held, classes: bases,
+            fit=fit,
+            basis_bytes=own,
             classify=lambda held, fresh: by_saliency(held, fresh, self.salient),
             watches=WATCHES,
         )
@@ -193,9 +205,8 @@ class _Side:
 
     def in_code_units(self, bits: np.ndarray) -> Affine:
         """The maps with each dimension's quantiser folded in and dimensions ordered widest first."""
-        widths = torch.from_numpy(np.ascontiguousarray(bits))
-        order = widths.argsort(dim=-1, descending=True, stable=True)
-        which = torch.searchsorted(torch.tensor(WIDTHS), widths.contiguous())[..., None]
+        order = _ordered(bits)[1]
+        which = torch.searchsorted(torch.tensor(WIDTHS), torch.from_numpy(np.ascontiguousarray(bits)))[..., None]
         offset, step = (
             table.gather(-1, which)[..., 0].double().gather(-1, order) for table in (self.offset, self.step)
         )
@@ -204,6 +215,12 @@ class _Side:
         backward = b * step[..., None, :]
         origin = (b @ offset[..., None])[..., 0]
         return Affine(a / step[..., None, :], -offset / step, backward, origin)
+
+
+def _ordered(bits: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Widths of every head, widest first, and which dimensions they are of, [L, G, d]."""
+    widths = torch.from_numpy(np.ascontiguousarray(bits))
+    return torch.sort(widths, dim=-1, descending=True, stable=True)
 
 
 def _mapped(affine: Affine) -> Mapped:
