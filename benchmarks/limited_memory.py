@@ -4,7 +4,8 @@
 
 All requests are there at once: `--requests` different pieces of the text, of `--prompt` tokens each, to be continued
 by `--output` tokens. The memory is what the pages of `--dense-requests` of them take in a dense 16-bit cache. Prints
-one JSON object per method; `speedup` is against the first one.
+one JSON object per method; `speedup` is against the first one. On a machine shared with others compare
+`requests_per_cpu_minute` with `--threads 1`.
 """
 
 import argparse
@@ -58,13 +59,15 @@ def serve(llm: LLM, prompts: list[list[int]], output: int) -> dict[str, Any]:
     params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
     for prompt in prompts:
         engine.add_request(prompt, params)
-    began, running = time.monotonic(), []
+    began, worked, running = time.monotonic(), time.process_time(), []
     while engine.has_unfinished:
         engine.step()
         running.append(len(engine.scheduler.running))
     seconds = time.monotonic() - began
     return {
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
+        "requests_per_cpu_minute": round(60 * len(prompts) / (time.process_time() - worked), 3),
         "output_tokens_per_s": round(engine.generated_tokens / seconds, 2),
         "most_running": max(running),
         "mean_running": round(sum(running) / len(running), 1),

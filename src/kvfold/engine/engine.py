@@ -165,9 +165,8 @@ class Engine:
     def stats(self) -> EngineStats:
         """What runs and waits now, the pages in use, and totals since the start."""
         labels = [lane.label for lane in self.lanes]
-        dense = 2 * self._spec.kv_elements
         totals = (self.prompt_tokens, self.generated_tokens, round(self.dropped_tokens))
-        return collect_stats(labels, self.scheduler, self.memory, dense, *totals)
+        return collect_stats(labels, self.scheduler, self.memory, 2 * self._spec.kv_elements, *totals)
 
     def pool_map(self) -> PoolMap:
         """Which method holds which part of the page pool."""
@@ -257,10 +256,8 @@ class Engine:
         stopped_by = sequence.detokenizer.stopped_by
         if ends:
             self._finish(sequence, "stop", token if token in params.stop_ids else None)
-        elif stopped_by is not None:
+        elif stopped_by is not None or complete:
             self._finish(sequence, "stop", stopped_by)
-        elif complete:
-            self._finish(sequence, "stop", None)
         elif len(sequence) >= sequence.limit:
             self._finish(sequence, "length", None)
         else:

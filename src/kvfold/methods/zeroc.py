@@ -17,7 +17,7 @@ tokens: the tokens of most normalised attention (ZipCache's measure) get another
 In a staged cache (with a policy, or with salient_bits) near tokens stay in the model's own units and the maps are
 applied to queries and outputs at run time instead of to the weights: one sequence then holds rows in several units.
 So it may have quantisers of its own: steps and middles are then fitted to its rows when they are coded first
-(`requantise`), 12 bytes per dimension and sequence.
+(`requantise`), 8 bytes per dimension and sequence.
 """
 
 from collections.abc import Mapping, Sequence
