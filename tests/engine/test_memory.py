@@ -12,8 +12,8 @@ from kvfold.engine.engine import Engine
 from kvfold.engine.lane import build_lane, cache_shape
 from kvfold.engine.params import SamplingParams
 from kvfold.errors import MemoryLimitError, PromptError
+from kvfold.methods.calibrated import flat_statistics
 from kvfold.methods.registry import build_method
-from kvfold.methods.zeroc import flat_statistics
 from kvfold.model.loading import load_model
 
 from .tiny import Tiny, greedy, run, save_tokenizer, tokens

@@ -9,8 +9,9 @@ from kvfold.errors import CalibrationError, ConfigError
 from kvfold.kv.packing import decode, encode
 from kvfold.methods.allocation import WIDTHS
 from kvfold.methods.base import AttentionWeights, CacheShape, Prepared
+from kvfold.methods.calibrated import FIELDS, SIDES, flat_statistics
 from kvfold.methods.dense import Dense
-from kvfold.methods.zeroc import BLOCK, FIELDS, SIDES, ZeroC, flat_statistics
+from kvfold.methods.zeroc import BLOCK, ZeroC
 
 SHAPE = CacheShape(layers=2, heads=6, kv_heads=2, head_dim=8, windows=(None, None), rope=True, raw_bits=32)
 HIDDEN, TOKENS = 20, 40

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kvfold.calibration.tapped import tapped_attention
-from kvfold.methods.zeroc import SIDES
+from kvfold.methods.calibrated import SIDES
 from kvfold.model.decoder import Decoder, Lane
 
 LOGIT_TILE = 512  # tokens whose logits are held at once

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from kvfold.calibration.capture import Capture
 from kvfold.calibration.quantisers import fit_quantisers, stretched
+from kvfold.methods.calibrated import FIELDS, SIDES
 from kvfold.methods.maps import stacked_map, weighted_map
-from kvfold.methods.zeroc import FIELDS, SIDES
 from kvfold.model.decoder import Decoder
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvfold.engine.lane import cache_shape
+from kvfold.methods.calibrated import flat_statistics
 from kvfold.methods.registry import build_method
-from kvfold.methods.zeroc import flat_statistics
 from kvfold.model.loading import load_spec
 
 LONG = 2**20  # tokens at which bytes per token are told: windows and sinks weigh little there

@@ -22,7 +22,7 @@ So it may have quantisers of its own: steps and middles are then fitted to its r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 import numpy as np
 import torch
@@ -32,17 +32,15 @@ from kvfold.errors import CalibrationError, ConfigError
 from kvfold.kv.format import PageFormat, Row, Segment, raw_format
 from kvfold.kv.frame import Basis, Mapped
 from kvfold.kv.layout import CacheLayout
-from kvfold.methods.allocation import WIDTHS, allocate
+from kvfold.methods.allocation import allocate
 from kvfold.methods.base import AttentionWeights, CacheShape, Encoder, Facts, Prepared
+from kvfold.methods.calibrated import SIDES, Affine, MapName, Side, ordered
 from kvfold.methods.held import HeldRows
 from kvfold.methods.quantiser import check_near
 from kvfold.methods.requantise import requantised
 from kvfold.methods.saliency import WATCHES, by_saliency
 
-MapName = Literal["optimal", "stacked"]
 BLOCK = 16  # tokens sealed together
-SIDES = ("key", "value")
-FIELDS = ("a", "b", "offset", "step", "error", "weight")
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class ZeroC:
             # What all far keys have in common is no longer common to all keys, the near ones being as they are.
             bases.append(Basis(_mapped(key), _mapped(value)))
         formats = tuple(self._formats(shape, bits) for bits in classes)
-        widths = [[_ordered(bits[s])[0] for s in SIDES] for bits in classes]
+        widths = [[ordered(bits[s])[0] for s in SIDES] for bits in classes]
 
         def fit(held: HeldRows, classes: Tensor) -> Sequence[Basis]:
             return bases if self.rank is not None else requantised(bases, widths, held, classes)
@@ -139,14 +137,14 @@ class ZeroC:
             watches=WATCHES,
         )
 
-    def _sides(self, statistics: Mapping[str, Tensor] | None) -> "Mapping[str, _Side]":
+    def _sides(self, statistics: Mapping[str, Tensor] | None) -> Mapping[str, Side]:
         if statistics is None:
             raise CalibrationError("zeroc needs a calibration of this model; run `kvfold calibrate` first")
         if self.max_loss is not None:
             raise ConfigError("zeroc max_loss is resolved to bits by measuring; use LLM or the command line")
-        return {side: _Side.read(statistics, self.map, side) for side in SIDES}
+        return {side: Side.read(statistics, self.map, side) for side in SIDES}
 
-    def _widths(self, shape: CacheShape, sides: "Mapping[str, _Side]", bits: float | None) -> Mapping[str, np.ndarray]:
+    def _widths(self, shape: CacheShape, sides: Mapping[str, Side], bits: float | None) -> Mapping[str, np.ndarray]:
         """Bits of every dimension, [layers, G, d] of each side."""
         return self._ranked(shape) if bits is None else self._allocated(shape, sides, bits)
 
@@ -167,60 +165,12 @@ class ZeroC:
         bits = np.broadcast_to(kept, (shape.layers, shape.kv_heads, shape.head_dim))
         return dict.fromkeys(SIDES, bits)
 
-    def _allocated(self, shape: CacheShape, sides: "Mapping[str, _Side]", rate: float) -> dict[str, np.ndarray]:
+    def _allocated(self, shape: CacheShape, sides: Mapping[str, Side], rate: float) -> dict[str, np.ndarray]:
         heads = shape.layers * shape.kv_heads
         loss = torch.cat([(sides[s].error * sides[s].weight[..., None]).flatten(0, 1) for s in SIDES], 1)
         bits = allocate(loss.double().numpy(), rate, shape.page_bytes, BLOCK).bits
         split = bits.reshape(heads, 2, shape.head_dim).swapaxes(0, 1)
         return {s: x.reshape(shape.layers, shape.kv_heads, -1) for s, x in zip(SIDES, split, strict=True)}
-
-
-@dataclass(frozen=True)
-class Affine:
-    """x' = x @ forward + shift in code units, and x = x' @ backward.mT + origin; [L, G, d, d] and [L, G, d]."""
-
-    forward: Tensor
-    shift: Tensor
-    backward: Tensor
-    origin: Tensor
-
-
-@dataclass(frozen=True)
-class _Side:
-    """Keys or values of all heads in the calibrated basis: maps [L, G, d, d], quantisers [L, G, d, widths].
-
-    error: mean squared error of a dimension at each width; weight [L, G, d]: what that error costs.
-    """
-
-    a: Tensor
-    b: Tensor
-    offset: Tensor
-    step: Tensor
-    error: Tensor
-    weight: Tensor
-
-    @classmethod
-    def read(cls, statistics: Mapping[str, Tensor], map_name: str, side: str) -> "_Side":
-        return cls(*(statistics[f"{map_name}.{side}.{field}"] for field in FIELDS))
-
-    def in_code_units(self, bits: np.ndarray) -> Affine:
-        """The maps with each dimension's quantiser folded in and dimensions ordered widest first."""
-        order = _ordered(bits)[1]
-        which = torch.searchsorted(torch.tensor(WIDTHS), torch.from_numpy(np.ascontiguousarray(bits)))[..., None]
-        offset, step = (
-            table.gather(-1, which)[..., 0].double().gather(-1, order) for table in (self.offset, self.step)
-        )
-        columns = order[..., None, :].expand_as(self.a)
-        a, b = (m.double().gather(-1, columns) for m in (self.a, self.b))
-        backward = b * step[..., None, :]
-        origin = (b @ offset[..., None])[..., 0]
-        return Affine(a / step[..., None, :], -offset / step, backward, origin)
-
-
-def _ordered(bits: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Widths of every head, widest first, and which dimensions they are of, [L, G, d]."""
-    widths = torch.from_numpy(np.ascontiguousarray(bits))
-    return torch.sort(widths, dim=-1, descending=True, stable=True)
 
 
 def _mapped(affine: Affine) -> Mapped:
@@ -284,19 +234,3 @@ class Fold:
 def _folded(weight: Tensor, bias: Tensor, forward: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """weight [heads, d, D] and bias [heads, d] of rows x such that they give x @ forward + shift."""
     return forward.mT @ weight, (bias[:, None] @ forward)[:, 0] + shift
-
-
-def flat_statistics(shape: CacheShape) -> dict[str, Tensor]:
-    """Statistics that tell dimensions and heads not apart: what a cache costs before anything is calibrated."""
-    d = shape.head_dim
-    heads = (shape.layers, shape.kv_heads)
-    identity = torch.eye(d).expand(*heads, d, d)
-    flat = torch.ones(*heads, d, len(WIDTHS))
-    loss = torch.tensor([4.0**-bits for bits in WIDTHS]).expand_as(flat)
-    values = (identity, identity, 0 * flat, flat, loss, torch.ones(*heads, d))
-    return {
-        f"{name}.{side}.{field}": x
-        for name in get_args(MapName)
-        for side in SIDES
-        for field, x in zip(FIELDS, values, strict=True)
-    }
