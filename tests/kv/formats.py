@@ -2,12 +2,12 @@
 
 from hypothesis import strategies as st
 
-from kvfold.kv.format import PageFormat, Row, Scale, Segment
+from kvfold.kv.format import PageFormat, Row, Scale, Segment, unit_tokens
 
 
 @st.composite
 def rows(draw: st.DrawFn, head_dim: int, block: int) -> Row:
-    coded = [b for b in range(1, 9) if all(p * block % 8 == 0 for p in (1, 2, 4) if b < 8 and b & p)]
+    coded = [b for b in range(1, 9) if b * unit_tokens(block) % 8 == 0]
     scale = draw(st.sampled_from(list(Scale)))
     widths = draw(st.lists(st.sampled_from(coded), max_size=4, unique=True).map(lambda w: sorted(w, reverse=True)))
     if scale is Scale.STATIC and draw(st.booleans()):
@@ -31,7 +31,7 @@ def rows(draw: st.DrawFn, head_dim: int, block: int) -> Row:
 @st.composite
 def formats(draw: st.DrawFn, head_dim: int | None = None, block: int | None = None) -> PageFormat:
     d = head_dim or draw(st.sampled_from([4, 6, 16, 33]))
-    b = block or draw(st.sampled_from([1, 2, 4, 8, 16, 32]))
+    b = block or draw(st.sampled_from([1, 2, 4, 8, 12, 16, 32, 48]))
     key, value = draw(rows(d, b)), draw(rows(d, b))
     if key.kept == value.kept == 0:
         key = Row((Segment(8, 1),))

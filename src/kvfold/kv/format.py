@@ -1,24 +1,29 @@
 """What one page holds, as data: the same object tells the pool how big, the kernel where, the wire how much.
 
 A page is a whole number of *blocks*. A block holds the key rows and the value rows of `block` consecutive
-tokens of one (sequence, layer, KV head); it is the unit that is sealed at once. Within a block each row is a
-list of segments, most important dimensions first, and a segment of an odd width is stored as *planes* of
-1, 2, 4 or 8 bits (6 = 4 + 2), so that every plane unpacks with one shift and one mask.
+tokens of one (sequence, layer, KV head); it is what is sealed at once. Within a block each row is a list of
+segments, most important dimensions first.
 
-Byte order inside a block: key planes, key scales, value planes, value scales.
-A plane of w < 8 bits over n dimensions is `n x (block * w / 8)` bytes; byte j of a dimension holds the tokens
-j, j + stride, j + 2 stride, ... (stride = block * w / 8) from its low bits upwards.
+Byte order inside a block: keys, key scales, values, value scales. Keys (and values) come in *units* of 16 tokens (of
+the whole block where 16 does not divide it); within a unit one dimension after the other, its codes as one
+little-endian stream of bits, token i at bit i * w. So 8 tokens of a w-bit dimension are w bytes, whatever the other
+dimensions have.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from itertools import groupby
 
 RAW_BITS = (16, 32)  # stored as floating point numbers, not as codes
 CODE_BITS = tuple(range(1, 9))
 SCALE_BYTES = 2  # float16, one offset and one step each
 SUM_BYTES = 2  # int16
+UNIT = 16  # tokens whose codes lie together: as many as a vector register has 32-bit lanes
+
+
+def unit_tokens(block: int) -> int:
+    """Tokens of one unit of a block."""
+    return block if block % UNIT else UNIT
 
 
 class Scale(StrEnum):
@@ -43,11 +48,10 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Plane:
-    """`bits` of the dimensions [start, stop), worth 2**shift, at byte `offset` of the row's part of the block."""
+class Field:
+    """The dimensions [start, stop) of `bits` bits: bytes [offset, offset + size) of a unit."""
 
     bits: int
-    shift: int
     start: int
     stop: int
     offset: int
@@ -113,21 +117,15 @@ class Row:
             return block * (self.kept // (self.group or self.kept)) if self.kept else 0
         return self.kept if self.scale is Scale.CHANNEL else 0
 
-    def planes(self, block: int) -> tuple[Plane, ...]:
-        """The coded dimensions as planes, widest first; neighbouring dimensions share a plane where they can."""
-        planes: list[Plane] = []
-        offset = self.raw * block * self.raw_bits // 8
-        for bits in (8, 4, 2, 1):
-            # The widest plane holds the lowest bits, so that widths 4 to 7 share one plane of 4 bits.
-            runs = groupby(self.widths[self.raw :], lambda width: (width & bits, width & ~(2 * bits - 1)))  # noqa: B023
-            start = self.raw
-            for (inside, shift), run in runs:
-                stop = start + len(list(run))
-                if inside:
-                    planes.append(Plane(bits, shift, start, stop, offset, (stop - start) * block * bits // 8))
-                    offset += planes[-1].size
-                start = stop
-        return tuple(planes)
+    def fields(self, unit: int) -> tuple[Field, ...]:
+        """Where the dimensions of each segment are in a unit of `unit` tokens."""
+        fields: list[Field] = []
+        start = offset = 0
+        for segment in self.segments:
+            size = segment.bits * segment.dims * unit // 8
+            fields.append(Field(segment.bits, start, start + segment.dims, offset, size))
+            start, offset = start + segment.dims, offset + size
+        return tuple(fields)
 
     def nbytes(self, block: int) -> int:
         """Bytes of one block of this row, scales included."""
@@ -156,7 +154,7 @@ class PageFormat:
         for row in (self.key, self.value):
             if row.kept > self.head_dim:
                 raise ValueError(f"a row of {row.kept} dimensions in a head of {self.head_dim}")
-            if any(bits * self.block % 8 for bits in (1, 2, 4) for w in row.widths if w < 16 and w & bits):
+            if any(s.bits * unit_tokens(self.block) % 8 for s in row.segments):
                 raise ValueError(
                     f"codes of widths {sorted(set(row.widths))} do not fill whole bytes in blocks of {self.block}"
                 )

@@ -6,7 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvfold.kv.format import SCALE_BYTES, PageFormat, Plane, Row, Scale
+from kvfold.kv.bits import pack, unpack
+from kvfold.kv.format import SCALE_BYTES, Field, PageFormat, Row, Scale, unit_tokens
 
 STEPS_PER_OCTAVE = 12  # of a logarithmic step: from 2^-10.7 to 2^10.6, at most 6 % too large
 _STEPS = torch.exp2((torch.arange(256) - 128) / STEPS_PER_OCTAVE)
@@ -45,26 +46,42 @@ def take_tokens(fmt: PageFormat, blocks: Tensor, tokens: Tensor) -> Tensor:
         return blocks[tokens[:: fmt.block] // fmt.block]
     parts = []
     for row, data in ((fmt.key, blocks[:, : fmt.key_bytes]), (fmt.value, blocks[:, fmt.key_bytes : fmt.block_bytes])):
-        for fields, bits in _fields(row, fmt.block, data):
-            flat = fields.transpose(0, 1).flatten(1, -2)[:, tokens]  # [dims, n, bytes or 1]
-            parts.append(_packed(flat.unflatten(1, (-1, fmt.block)).transpose(0, 1), bits))
+        parts.append(_taken_codes(row, fmt.block, data, tokens))
+        if row.scale_count(fmt.block):
+            size = 1 if row.scale is Scale.STEP else SCALE_BYTES
+            scales = data[:, row.code_bits * fmt.block // 8 :].unflatten(1, (-1, fmt.block, size))
+            parts.append(_regrouped(scales.transpose(0, 1).flatten(1, 2), tokens, fmt.block).flatten(1))
     return torch.cat(parts, -1)
 
 
+def _taken_codes(row: Row, block: int, data: Tensor, tokens: Tensor) -> Tensor:
+    """Codes and raw numbers of `take_tokens`, uint8 [n / block, bytes]."""
+    unit = unit_tokens(block)
+    taken = [data.new_empty(len(tokens) // block, block // unit, 0)]
+    for field, stored in _stored(row, block, data):
+        raw = field.bits in _RAW_DTYPE
+        each = stored.unflatten(-1, (unit, -1)) if raw else unpack(stored, field.bits, unit)[..., None]
+        moved = _regrouped(each.permute(2, 0, 1, 3, 4).flatten(1, 3), tokens, unit)  # [units, dims, unit, bytes]
+        packed = moved.flatten(2) if raw else pack(moved[..., 0], field.bits)
+        taken.append(packed.flatten(1).unflatten(0, (-1, block // unit)))
+    return torch.cat(taken, -1).flatten(1)
+
+
+def _regrouped(rows: Tensor, tokens: Tensor, size: int) -> Tensor:
+    """Tokens of rows [dims, tokens, bytes], `size` of them together, [n / size, dims, size, bytes]."""
+    regrouped: Tensor = rows[:, tokens].unflatten(1, (-1, size)).transpose(0, 1)
+    return regrouped
+
+
 @lru_cache(maxsize=4096)
-def _planes(row: Row, block: int) -> tuple[Plane, ...]:
-    return row.planes(block)
+def _fields(row: Row, unit: int) -> tuple[Field, ...]:
+    return row.fields(unit)
 
 
 @lru_cache(maxsize=4096)
 def _centre(row: Row) -> Tensor:
     """Middle of the code range of each coded dimension, [kept - raw]: what a static code is counted from."""
     return torch.tensor([(2**bits - 1) / 2 for bits in row.widths[row.raw :]])
-
-
-@lru_cache(maxsize=64)
-def _shifts(bits: int) -> Tensor:
-    return torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
 
 
 def _bytes(x: Tensor, lead: torch.Size) -> Tensor:
@@ -83,12 +100,10 @@ def _scale_shape(row: Row, block: int) -> tuple[int, int, int, int]:
 def _encode_row(row: Row, block: int, x: Tensor) -> Tensor:
     x = x[..., : row.kept].transpose(-1, -2).float()  # [..., kept, block]
     lead = x.shape[:-2]
-    parts: list[Tensor] = []
-    if row.raw:
-        parts.append(_bytes(x[..., : row.raw, :].to(_RAW_DTYPE[row.raw_bits]), lead))
+    scales: list[Tensor] = []
+    codes = x.new_empty(0)
     if row.kept > row.raw:
         top = 2 * _centre(row)[:, None]
-        scales: list[Tensor] = []
         if row.scale is Scale.STATIC:
             codes = x[..., row.raw :, :] + top / 2
         elif row.scale is Scale.STEP:
@@ -100,8 +115,16 @@ def _encode_row(row: Row, block: int, x: Tensor) -> Tensor:
         if row.sums:
             groups = codes.reshape(*lead, *_scale_shape(row, block))
             scales.append(groups.sum((-3, -1), dtype=torch.int16))
-        parts += [_pack(codes, p.bits, p.shift, p.start - row.raw, p.stop - row.raw) for p in _planes(row, block)]
-        parts += [_bytes(s, lead) for s in scales]
+    unit = unit_tokens(block)
+    fields = []
+    for field in _fields(row, unit):
+        if field.bits in _RAW_DTYPE:
+            numbers = x[..., field.start : field.stop, :].to(_RAW_DTYPE[field.bits])
+        else:
+            numbers = codes[..., field.start - row.raw : field.stop - row.raw, :]
+        fields.append(_packed(numbers.unflatten(-1, (-1, unit)).transpose(-2, -3), field.bits))
+    parts = [torch.cat(fields, -1).flatten(-2)] if fields else []
+    parts += [_bytes(s, lead) for s in scales]
     return torch.cat(parts, -1) if parts else x.new_empty((*lead, 0), dtype=torch.uint8)
 
 
@@ -125,22 +148,29 @@ def _step(x: Tensor, top: Tensor) -> tuple[Tensor, list[Tensor]]:
     return x / _STEPS[byte.long()] + top / 2, [byte.to(torch.uint8)]
 
 
-def _pack(codes: Tensor, bits: int, shift: int, start: int, stop: int) -> Tensor:
-    """uint8 codes [..., dims, block] to the bytes [..., n] of one plane."""
-    part = (codes[..., start:stop, :] >> shift) & (2**bits - 1)
-    per_byte = 8 // bits
-    part = part.reshape(*part.shape[:-1], per_byte, part.shape[-1] // per_byte)
-    packed: Tensor = part << _shifts(bits)
-    return packed.sum(-2, dtype=torch.uint8).flatten(-2)
+def _packed(numbers: Tensor, bits: int) -> Tensor:
+    """Codes or raw numbers [..., units, dims, unit] of one field to bytes [..., units, size]."""
+    if bits in _RAW_DTYPE:
+        return _bytes(numbers, numbers.shape[:-2])
+    return pack(numbers, bits).flatten(-2)
+
+
+def _stored(row: Row, block: int, data: Tensor) -> Iterator[tuple[Field, Tensor]]:
+    """The fields of a row's bytes [..., n], each as [..., units, dims, bytes of a unit's tokens]."""
+    unit = unit_tokens(block)
+    units = data[..., : row.code_bits * block // 8].unflatten(-1, (block // unit, -1)) if row.kept else data
+    for field in _fields(row, unit):
+        dims = field.stop - field.start
+        yield field, units[..., field.offset : field.offset + field.size].unflatten(-1, (dims, -1))
 
 
 def _decode_row(row: Row, block: int, data: Tensor) -> Tensor:
     n, b = data.shape[:2]
     out = torch.empty(n, row.kept, b, block)
-    if row.raw:
-        size = row.raw * block * row.raw_bits // 8
-        raw = data[..., :size].flatten().clone().view(_RAW_DTYPE[row.raw_bits]).view(n, b, row.raw, block)
-        out[:, : row.raw].copy_(raw.transpose(1, 2))
+    for field, stored in _stored(row, block, data):
+        if field.bits in _RAW_DTYPE:
+            numbers = stored.flatten().clone().view(_RAW_DTYPE[field.bits]).view(*stored.shape[:-1], unit_tokens(block))
+            out[:, : row.raw].copy_(numbers.permute(0, 3, 1, 2, 4).flatten(3))
     if row.kept > row.raw:
         codes = read_codes(row, block, data)
         coded = out[:, row.raw :]
@@ -155,36 +185,14 @@ def _decode_row(row: Row, block: int, data: Tensor) -> Tensor:
     return out.view(n, row.kept, b * block)
 
 
-def _fields(row: Row, block: int, data: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """The parts of a row's bytes [B, n] as ([B, dims, block, bytes of a number or 1], bits of a code or 8)."""
-    b = len(data)
-    raw = row.raw * block * row.raw_bits // 8
-    yield data[:, :raw].view(b, row.raw, block, row.raw_bits // 8), 8
-    for p in _planes(row, block):
-        packed = data[:, p.offset : p.offset + p.size].view(b, p.stop - p.start, 1, block * p.bits // 8)
-        codes = packed if p.bits == 8 else (packed >> _shifts(p.bits)) & (2**p.bits - 1)
-        yield codes.reshape(b, p.stop - p.start, block, 1), p.bits
-    size = 1 if row.scale is Scale.STEP else SCALE_BYTES
-    scales = row.scale_count(block) * row.scale_bytes
-    yield data[:, data.shape[1] - scales :].view(b, scales // (block * size), block, size), 8
-
-
-def _packed(fields: Tensor, bits: int) -> Tensor:
-    """The inverse of one part of `_fields`, [B, n]."""
-    if bits == 8:
-        return fields.flatten(1)
-    return _pack(fields[..., 0], bits, 0, 0, fields.shape[1])
-
-
 def read_codes(row: Row, block: int, data: Tensor) -> Tensor:
     """The codes of blocks uint8 [N, B, bytes of the row], uint8 [N, kept - raw, B, block]."""
     n, b = data.shape[:2]
-    codes = torch.zeros(n, row.kept - row.raw, b, block, dtype=torch.uint8)
-    for p in _planes(row, block):
-        packed = data[..., p.offset : p.offset + p.size].view(n, b, p.stop - p.start, 1, block * p.bits // 8)
-        part = packed if p.bits == 8 else (packed >> _shifts(p.bits)) & (2**p.bits - 1)
-        part = part.reshape(n, b, p.stop - p.start, block).transpose(1, 2)
-        codes[:, p.start - row.raw : p.stop - row.raw] |= part << p.shift
+    codes = torch.empty(n, row.kept - row.raw, b, block, dtype=torch.uint8)
+    for field, stored in _stored(row, block, data):
+        if field.bits not in _RAW_DTYPE:
+            part = unpack(stored, field.bits, unit_tokens(block))  # [N, B, units, dims, unit]
+            codes[:, field.start - row.raw : field.stop - row.raw] = part.permute(0, 3, 1, 2, 4).flatten(3)
     return codes
 
 
