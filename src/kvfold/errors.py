@@ -36,5 +36,9 @@ class EngineNotReadyError(KvfoldError):
     """The engine process is starting, or has failed for good: nothing can be asked of it now."""
 
 
+class KernelsUnavailable(KvfoldError):
+    """The compiled kernels are not there or not for this machine."""
+
+
 class GrammarError(KvfoldError, ValueError):
     """A JSON schema or tool that output cannot be constrained to: invalid, unsupported, impossible or too large."""

@@ -7,14 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvfold.attention.base import SequenceStep
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.kv.access import round_trip
 from kvfold.kv.format import PageFormat, Row, Scale, Segment, raw_format
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.packing import decode, encode
-from kvfold.kv.pool import PagePool
-from kvfold.kv.tables import PageTables
+from tests.attention.stepping import cut, random_inputs, stepped
 
 D, G, H = 8, 2, 6
 PAGE = 1024
@@ -74,55 +72,6 @@ def naive(layout: CacheLayout, layer: int, q: Tensor, k: Tensor, v: Tensor, scal
     return out, lse
 
 
-def paged(
-    layout: CacheLayout, inputs: list[list[tuple[Tensor, Tensor, Tensor]]], cuts: list[list[int]], scale: float
-) -> list[list[tuple[Tensor, Tensor]]]:
-    """All sequences through pages, all layers, cut into steps; inputs[sequence][layer]."""
-    pool = PagePool(4000, PAGE)
-    pool.data.random_()  # whatever earlier owners left must not matter
-    tables = [PageTables(layout) for _ in inputs]
-    results = [[([], []) for _ in layout.windows] for _ in inputs]
-    for step in range(max(map(len, cuts))):
-        steps, members, first = [], [], 0
-        for i, cut in enumerate(cuts):
-            if step < len(cut):
-                tables[i].reserve(pool, tables[i].length + cut[step])
-                steps.append(SequenceStep(tables[i], first, cut[step]))
-                members.append(i)
-                first += cut[step]
-        plan = ReferenceBackend().plan(pool, layout, steps, scale)
-        for layer in range(len(layout.windows)):
-            parts = [
-                [x[s.tables.length : s.tables.length + s.count] for x in inputs[i][layer]]
-                for i, s in zip(members, steps, strict=True)
-            ]
-            out, lse = plan.attend(layer, *(torch.cat(x) for x in zip(*parts, strict=True)))
-            for i, s in zip(members, steps, strict=True):
-                results[i][layer][0].append(out[s.first : s.first + s.count])
-                results[i][layer][1].append(lse[s.first : s.first + s.count])
-        for s in steps:
-            s.tables.advance(pool, s.tables.length + s.count)
-        pool.check_integrity([t.pages() for t in tables])
-        assert [len(t.pages()) for t in tables] == [layout.pages(t.length) for t in tables]
-    return [[(torch.cat(out), torch.cat(lse)) for out, lse in layers] for layers in results]
-
-
-def random_inputs(lengths: list[int], layers: int, seed: int) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        [tuple(2 * torch.randn(n, heads, D, generator=generator) for heads in (H, G, G)) for _ in range(layers)]  # type: ignore[misc]
-        for n in lengths
-    ]
-
-
-def cut(length: int, sizes: list[int]) -> list[int]:
-    parts, i = [], 0
-    while sum(parts) < length:
-        parts.append(min(sizes[i % len(sizes)], length - sum(parts)))
-        i += 1
-    return parts
-
-
 @pytest.mark.parametrize("kind", ["dense", *FORMATS])
 @pytest.mark.parametrize("windows", [(None,), (9, None), (40,)])
 @settings(max_examples=6, deadline=None)
@@ -133,8 +82,8 @@ def test_attention_equals_the_token_by_token_version(
     layout = layout_of(kind, windows)
     lengths = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=3), label="lengths")
     cuts = [cut(n, data.draw(st.lists(st.sampled_from([1, 1, 2, 7, 30, 64]), min_size=1, max_size=5))) for n in lengths]
-    inputs = random_inputs(lengths, len(windows), data.draw(st.integers(0, 99)))
-    got = paged(layout, inputs, cuts, 0.3)
+    inputs = random_inputs(lengths, len(windows), H, G, D, data.draw(st.integers(0, 99)))
+    got = stepped(ReferenceBackend(), layout, inputs, cuts, 0.3)
     for sequence, layers in zip(got, inputs, strict=True):
         for layer, (out, lse) in enumerate(sequence):
             expected_out, expected_lse = naive(layout, layer, *layers[layer], 0.3)
@@ -143,7 +92,7 @@ def test_attention_equals_the_token_by_token_version(
 
 
 def test_tiles_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, inputs = layout_of("static", (None,)), random_inputs([120], 1, 0)
-    whole = paged(layout, inputs, [[120]], 0.3)
+    layout, inputs = layout_of("static", (None,)), random_inputs([120], 1, H, G, D, 0)
+    whole = stepped(ReferenceBackend(), layout, inputs, [[120]], 0.3)
     monkeypatch.setattr("kvfold.attention.reference.MAX_SCORES", 1000)
-    torch.testing.assert_close(paged(layout, inputs, [[120]], 0.3)[0][0][0], whole[0][0][0])
+    torch.testing.assert_close(stepped(ReferenceBackend(), layout, inputs, [[120]], 0.3)[0][0][0], whole[0][0][0])

@@ -50,7 +50,8 @@ class ReferencePlan:
             rows = group.rows
             near_k, near_v = self._near(group, layer, k[rows], v[rows])
             self._store(group, layer, near_k, near_v)
-            out[rows], lse[rows] = self._attend(group, layer, q[rows].float() * self._scale, near_k, near_v)
+            result, lse[rows] = self._attend(group, layer, q[rows].float() * self._scale, near_k, near_v)
+            out[rows] = result.to(q.dtype)
         return out, lse
 
     def _near(self, group: Group, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

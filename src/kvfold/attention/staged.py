@@ -41,7 +41,8 @@ class StagedPlan:
             new = round_trip(self._layout.raw, k[rows].float(), v[rows].float())
             self._store(group, layer, *new)
             new_k, new_v = (x.permute(0, 2, 3, 1) for x in new)  # [N, G, d, Lq]
-            out[rows], lse[rows] = self._attend(group, layer, q[rows].float() * self._scale, new_k, new_v)
+            result, lse[rows] = self._attend(group, layer, q[rows].float() * self._scale, new_k, new_v)
+            out[rows] = result.to(q.dtype)
         return out, lse
 
     def _store(self, group: "_Group", layer: int, k: Tensor, v: Tensor) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvfold.attention.base import AttentionBackend
-from kvfold.attention.reference import ReferenceBackend
+from kvfold.attention.choose import choose_backend
 from kvfold.config.engine import EngineConfig
 from kvfold.engine.detokenizer import Detokenizer
 from kvfold.engine.lane import MethodLane
@@ -47,7 +47,7 @@ class Engine:
         self._spec = decoder.spec
         self._tokenizer = tokenizer
         self._config = config
-        self._runner = Runner(decoder, lanes, self.memory, backend or ReferenceBackend())
+        self._runner = Runner(decoder, lanes, self.memory, backend or choose_backend())
         self._sampler = Sampler()
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()

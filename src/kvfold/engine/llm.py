@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from kvfold.attention.base import AttentionBackend
+from kvfold.attention.choose import choose_backend
 from kvfold.calibration.run import find_artifact
 from kvfold.config.engine import EngineConfig
 from kvfold.config.method import choose_method, list_methods
@@ -43,6 +44,7 @@ class LLM:
     kv_memory: bytes or a size such as "1GiB". dtype: of weights and activations; "auto" is bfloat16 where the
     processor computes in it and float32 elsewhere. kv_dtype: of uncompressed keys and values; "auto" is float32
     where dtype="float32" is asked for and bfloat16 otherwise. chunk: prompt tokens of one request per step.
+    backend: who computes attention: "auto", "cpu", "reference" (see `choose_backend`) or an object.
     `curve` holds what a search for `max_loss` measured.
 
     Raises ConfigError, ModelError, CalibrationError or MemoryLimitError before any token is computed.
@@ -63,7 +65,7 @@ class LLM:
         max_sequences: int = 256,
         prefix_caching: bool = True,
         threads: int | None = None,
-        backend: AttentionBackend | None = None,
+        backend: AttentionBackend | str | None = None,
         progress: Progress = SILENT,
     ) -> None:
         config = EngineConfig(
@@ -76,13 +78,14 @@ class LLM:
             if not isinstance(threads, int) or threads < 1:
                 raise ConfigError(f"threads={threads!r} is out of range; give a positive integer")
             torch.set_num_threads(threads)
+        attention = choose_backend(backend) if backend is None or isinstance(backend, str) else backend
         compute, raw_bits = resolve_dtypes(dtype, kv_dtype)
         self.model = load_model(model, dtype=compute, progress=progress)
         path = None if calibration is None else Path(calibration)
         prepared = [prepare_lane(self.model, method, raw_bits, path, progress) for method in methods]
         self.methods = methods
         self.curve = [trial for _, curve in prepared for trial in curve]
-        self.engine = Engine(self.model.decoder, self.model.tokenizer, [lane for lane, _ in prepared], config, backend)
+        self.engine = Engine(self.model.decoder, self.model.tokenizer, [lane for lane, _ in prepared], config, attention)
 
     def generate(
         self,

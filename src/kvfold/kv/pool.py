@@ -8,6 +8,7 @@ from kvfold.errors import MemoryLimitError
 
 Pages = NDArray[np.int32]
 NO_PAGE = -1
+SLACK = 64  # bytes after the last page: kernels read whole registers
 
 
 class PoolExhausted(Exception):
@@ -23,10 +24,11 @@ class PagePool:
 
     def __init__(self, n_pages: int, page_bytes: int) -> None:
         try:
-            self.data = torch.empty(n_pages, page_bytes, dtype=torch.uint8)
+            flat = torch.empty(n_pages * page_bytes + SLACK, dtype=torch.uint8)
         except RuntimeError as error:  # torch's way to say that the allocation failed
             size = n_pages * page_bytes / 2**30
             raise MemoryLimitError(f"cannot allocate {size:.1f} GiB of KV memory; lower kv_memory") from error
+        self.data = flat[: n_pages * page_bytes].view(n_pages, page_bytes)
         self.page_bytes = page_bytes
         self.n_pages = n_pages
         self.peak_in_use = 0

@@ -1,0 +1,300 @@
+// Rows of codes met by integer products (VNNI): queries and weights are rounded to bytes, codes stay what they are.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "simd.h"
+
+namespace kvfold {
+namespace {
+
+// A weight is two digits of seven bits: with one the tail of a long sequence would be rounded away.
+constexpr int kDigit = 7, kMostWeight = (1 << 2 * kDigit) - 1;
+constexpr int kMaxSpans = kMaxDim / 4, kMaxQuads = kMaxDim / 4 + kMaxSpans;
+
+struct Unit {
+    const uint8_t *key, *value, *key_scale, *value_scale;
+};
+
+struct CodedScratch {
+    alignas(64) float score[kMaxRows][kRun];
+    alignas(64) float scaled[kRun];
+    alignas(64) uint8_t weight[2][kMaxRows][kRun];  // high and low digits
+    alignas(64) float sums[kMaxRows][kMaxQuads][16];
+    alignas(64) int8_t query[kMaxQuads][kMaxRows][4];
+    float step[kMaxRows];                 // of the query's bytes
+    float bias[kMaxRows][kMaxSpans];      // keys: what the codes' centres, or one unit of offset, are worth
+    float total[kMaxRows][kMaxSpans];     // values: sum of the weights that the codes were multiplied with
+    float lows[kMaxRows][kMaxSpans];      // values: weighted sum of the offsets
+    float raw[kMaxRows][kMaxDim];         // values: sums of uncompressed dimensions
+    float shrink[kMaxRows];               // of what was found before this batch
+    float worth[kMaxRows];                // of a weight of this batch
+    float share[kMaxRows][kMaxSpans];     // of a rounded weight
+    Unit units[kMaxUnits];
+};
+
+inline int span_count(const Row& row) { return int(row.spans.size()) - 1; }
+
+inline int span_dim(const Row& row, int span) {
+    return row.raw + span * (row.scale == Scale::Token && row.groups > 1 ? row.kept / row.groups : 0);
+}
+
+inline int span_end(const Row& row, int span) {
+    return row.scale == Scale::Token && row.groups > 1 ? span_dim(row, span + 1) : row.kept;
+}
+
+inline void round_query(const Row& row, const Tile& tile, CodedScratch& w) {
+    std::memset(w.query, 0, sizeof(w.query[0]) * row.quads.size());
+    for (int m = 0; m < tile.rows; ++m) {
+        const float* q = tile.query[m];
+        float most = 1e-30f;
+        for (int d = row.raw; d < row.kept; ++d) most = std::max(most, std::fabs(q[d]));
+        const float step = most / 127;
+        w.step[m] = step;
+        for (int s = 0; s < span_count(row); ++s) {
+            float bias = 0;
+            for (int j = row.spans[s]; j < row.spans[s + 1]; ++j) {
+                const int end = std::min(row.quad_dim[j] + 4, span_end(row, s));
+                for (int d = row.quad_dim[j]; d < end; ++d) {
+                    const float rounded = std::nearbyint(q[d] / step);
+                    w.query[j][m][d - row.quad_dim[j]] = int8_t(rounded);
+                    bias += row.scale == Scale::Token ? step * rounded : -step * rounded * row.centre[d];
+                }
+            }
+            w.bias[m][s] = bias;
+        }
+    }
+}
+
+inline __m512i codes_of(const Quad& quad, const uint8_t* unit) {
+    const __m512i window = _mm512_loadu_si512(unit + quad.offset);
+    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(quad.index), window);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_load_si512(quad.shift), bytes), _mm512_load_si512(quad.mask));
+}
+
+inline __m512 steps_of(const uint8_t* bytes) {
+    const __m512i exponent = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m512 octaves = _mm512_cvtepi32_ps(_mm512_sub_epi32(exponent, _mm512_set1_epi32(128)));
+    const __m512 x = _mm512_mul_ps(octaves, _mm512_set1_ps(1.f / kStepsPerOctave));
+    // exp2_ps takes what is not above 0.
+    return _mm512_mul_ps(exp2_ps(_mm512_sub_ps(x, _mm512_set1_ps(11.f))), _mm512_set1_ps(2048.f));
+}
+
+inline __m512 halves_at(const uint8_t* data) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
+}
+
+// Scores of U units for M queries.
+template <int M, int U>
+void key_products(const Row& row, int block, const Tile& tile, int unit, CodedScratch& w) {
+    const int spans = span_count(row);
+    for (int s = 0; s < spans; ++s) {
+        __m512i sums[U][M];
+        for (int u = 0; u < U; ++u)
+            for (int m = 0; m < M; ++m) sums[u][m] = _mm512_setzero_si512();
+        for (int j = row.spans[s]; j < row.spans[s + 1]; ++j) {
+            for (int u = 0; u < U; ++u) {
+                const __m512i codes = codes_of(row.quads[j], w.units[unit + u].key);
+                for (int m = 0; m < M; ++m) {
+                    int32_t four;
+                    std::memcpy(&four, w.query[j][m], 4);
+                    sums[u][m] = _mm512_dpbusd_epi32(sums[u][m], codes, _mm512_set1_epi32(four));
+                }
+            }
+        }
+        for (int u = 0; u < U; ++u) {
+            const uint8_t* scale = w.units[unit + u].key_scale;
+            for (int m = 0; m < M; ++m) {
+                float* out = w.score[m] + kUnit * (unit + u);
+                const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[u][m]), _mm512_set1_ps(w.step[m]));
+                const __m512 bias = _mm512_set1_ps(w.bias[m][s]);
+                if (row.scale == Scale::Static) {
+                    _mm512_store_ps(out, _mm512_add_ps(product, bias));
+                } else if (row.scale == Scale::Step) {
+                    _mm512_store_ps(out, _mm512_mul_ps(_mm512_add_ps(product, bias), steps_of(scale)));
+                } else {
+                    const __m512 low = halves_at(scale + 2 * s * block);
+                    const __m512 step = halves_at(scale + 2 * (spans + s) * block);
+                    const __m512 before = s ? _mm512_load_ps(out) : _mm512_setzero_ps();
+                    _mm512_store_ps(out, _mm512_fmadd_ps(product, step, _mm512_fmadd_ps(bias, low, before)));
+                }
+            }
+        }
+    }
+    if (!spans || row.spans[spans] == 0)
+        for (int m = 0; m < M; ++m) std::memset(w.score[m] + kUnit * unit, 0, 4 * kUnit * U);
+    for (int d = 0; d < row.raw; ++d) {
+        for (int u = 0; u < U; ++u) {
+            const auto* data = reinterpret_cast<const __m256i*>(w.units[unit + u].key + row.offsets[d]);
+            const __m512 numbers = widen_bf16(_mm256_loadu_si256(data));
+            for (int m = 0; m < M; ++m) {
+                float* out = w.score[m] + kUnit * (unit + u);
+                _mm512_store_ps(out, _mm512_fmadd_ps(numbers, _mm512_set1_ps(tile.query[m][d]), _mm512_load_ps(out)));
+            }
+        }
+    }
+}
+
+// Rounds x >= 0 to two digits, its largest value to the largest weight. Returns the step and adds up what came out.
+inline float round_weights(const float* x, int units, uint8_t* high, uint8_t* low, float most, float& total) {
+    const __m512 levels = _mm512_set1_ps(float(kMostWeight) / most);
+    __m512i sum = _mm512_setzero_si512();
+    for (int u = 0; u < units; ++u) {
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + kUnit * u), levels));
+        sum = _mm512_add_epi32(sum, whole);
+        const __m512i digit = _mm512_and_si512(whole, _mm512_set1_epi32((1 << kDigit) - 1));
+        _mm_store_si128(reinterpret_cast<__m128i*>(high + kUnit * u), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, kDigit)));
+        _mm_store_si128(reinterpret_cast<__m128i*>(low + kUnit * u), _mm512_cvtepi32_epi8(digit));
+    }
+    const float step = most / kMostWeight;
+    total = float(_mm512_reduce_add_epi32(sum)) * step;
+    return step;
+}
+
+// Weights of the values of one span: what scales their codes is folded in.
+inline void scale_weights(const Row& row, int block, int span, int units, int m, CodedScratch& w) {
+    const int spans = span_count(row);
+    float* x = w.score[m];
+    float most = 1.f;
+    if (row.scale == Scale::Step || row.scale == Scale::Token) {
+        __m512 top = _mm512_set1_ps(1e-30f), lows = _mm512_setzero_ps();
+        for (int u = 0; u < units; ++u) {
+            const uint8_t* scale = w.units[u].value_scale;
+            const __m512 p = _mm512_load_ps(w.score[m] + kUnit * u);
+            const bool token = row.scale == Scale::Token;
+            const __m512 step = token ? halves_at(scale + 2 * (spans + span) * block) : steps_of(scale);
+            if (token) lows = _mm512_fmadd_ps(p, halves_at(scale + 2 * span * block), lows);
+            const __m512 weight = _mm512_mul_ps(p, step);
+            _mm512_store_ps(w.scaled + kUnit * u, weight);
+            top = _mm512_max_ps(top, weight);
+        }
+        most = _mm512_reduce_max_ps(top);
+        x = w.scaled;
+        w.lows[m][span] = w.lows[m][span] * w.shrink[m] + _mm512_reduce_add_ps(lows) * w.worth[m];
+    }
+    float total;
+    const float step = round_weights(x, units, w.weight[0][m], w.weight[1][m], most, total);
+    w.share[m][span] = step * w.worth[m];
+    w.total[m][span] = w.total[m][span] * w.shrink[m] + total * w.worth[m];
+}
+
+template <int M>
+void value_products(const Row& row, int span, int units, CodedScratch& w) {
+    for (int j = row.spans[span]; j < row.spans[span + 1]; ++j) {
+        const Quad& quad = row.quads[j];
+        __m512i high[M], low[M];
+        for (int m = 0; m < M; ++m) high[m] = low[m] = _mm512_setzero_si512();
+        for (int u = 0; u < units; ++u) {
+            const __m512i codes = codes_of(quad, w.units[u].value);
+            for (int m = 0; m < M; ++m) {
+                const auto* a = reinterpret_cast<const __m128i*>(w.weight[0][m] + kUnit * u);
+                const auto* b = reinterpret_cast<const __m128i*>(w.weight[1][m] + kUnit * u);
+                high[m] = _mm512_dpbusd_epi32(high[m], codes, _mm512_broadcast_i32x4(_mm_load_si128(a)));
+                low[m] = _mm512_dpbusd_epi32(low[m], codes, _mm512_broadcast_i32x4(_mm_load_si128(b)));
+            }
+        }
+        for (int m = 0; m < M; ++m) {
+            const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[m], kDigit), low[m]);
+            const __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(w.share[m][span]));
+            const __m512 before = _mm512_mul_ps(_mm512_load_ps(w.sums[m][j]), _mm512_set1_ps(w.shrink[m]));
+            _mm512_store_ps(w.sums[m][j], _mm512_add_ps(before, found));
+        }
+    }
+}
+
+inline void raw_values(const Row& row, int units, int m, CodedScratch& w) {
+    float* sums = w.raw[m];
+    for (int d = 0; d < row.raw; ++d) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int u = 0; u < units; ++u) {
+            const auto* data = reinterpret_cast<const __m256i*>(w.units[u].value + row.offsets[d]);
+            sum = _mm512_fmadd_ps(widen_bf16(_mm256_loadu_si256(data)), _mm512_load_ps(w.score[m] + kUnit * u), sum);
+        }
+        sums[d] = sums[d] * w.shrink[m] + _mm512_reduce_add_ps(sum) * w.worth[m];
+    }
+}
+
+// Adds one batch of units, the first being row `number`, to what was found.
+template <int M>
+void add_units(const Format& fmt, Tile& tile, int64_t number, int units, CodedScratch& w) {
+    int unit = 0;
+    for (; unit + 2 <= units; unit += 2) key_products<M, 2>(fmt.key, fmt.block, tile, unit, w);
+    if (unit < units) key_products<M, 1>(fmt.key, fmt.block, tile, unit, w);
+    for (int m = 0; m < M; ++m) {
+        const float here = weights(tile, m, number, units, w.score[m]);
+        const float most = std::max(tile.most[m], here);
+        w.shrink[m] = tile.most[m] == kNone ? 0.f : exp2_one(tile.most[m] - most);
+        w.worth[m] = here == kNone ? 0.f : exp2_one(here - most);
+        tile.most[m] = most;
+        __m512 sum = _mm512_setzero_ps();
+        for (int u = 0; u < units; ++u) sum = _mm512_add_ps(sum, _mm512_load_ps(w.score[m] + kUnit * u));
+        tile.sum[m] = tile.sum[m] * w.shrink[m] + _mm512_reduce_add_ps(sum) * w.worth[m];
+        raw_values(fmt.value, units, m, w);
+    }
+    for (int s = 0; s < span_count(fmt.value); ++s) {
+        for (int m = 0; m < M; ++m) scale_weights(fmt.value, fmt.block, s, units, m, w);
+        value_products<M>(fmt.value, s, units, w);
+    }
+}
+
+// Out of lanes into dimensions, with what the codes were counted from.
+inline void collect(const Row& row, Tile& tile, const CodedScratch& w) {
+    for (int m = 0; m < tile.rows; ++m) {
+        for (int d = 0; d < row.raw; ++d) tile.out[m][d] = w.raw[m][d];
+        for (int s = 0; s < span_count(row); ++s) {
+            for (int j = row.spans[s]; j < row.spans[s + 1]; ++j) {
+                const int end = std::min(row.quad_dim[j] + 4, span_end(row, s));
+                for (int d = row.quad_dim[j]; d < end; ++d) {
+                    const float* lanes = w.sums[m][j] + 4 * (d - row.quad_dim[j]);
+                    const float found = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+                    const bool token = row.scale == Scale::Token;
+                    tile.out[m][d] = found + (token ? w.lows[m][s] : -row.centre[d] * w.total[m][s]);
+                }
+            }
+        }
+    }
+}
+
+template <int M>
+void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count) {
+    static thread_local CodedScratch w;
+    Tile found;
+    found.clear(M, tile.dim);
+    for (int m = 0; m < M; ++m) {
+        found.query[m] = tile.query[m];
+        found.first[m] = tile.first[m];
+        found.last[m] = tile.last[m];
+        std::fill_n(w.raw[m], fmt.value.raw, 0.f);
+        std::fill_n(w.total[m], span_count(fmt.value), 0.f);
+        std::fill_n(w.lows[m], span_count(fmt.value), 0.f);
+        std::memset(w.sums[m], 0, sizeof(w.sums[m][0]) * fmt.value.quads.size());
+    }
+    round_query(fmt.key, found, w);
+    int units = 0;
+    int64_t number = count ? runs->number : 0;
+    for (; count--; ++runs) {
+        for (int row = runs->first; row < runs->last; row += kUnit) {
+            const uint8_t* block = runs->page + size_t(row / fmt.block) * fmt.block_bytes;
+            const int unit = row % fmt.block / kUnit;
+            const int key_size = fmt.key.scale == Scale::Step ? 1 : 2, value_size = fmt.value.scale == Scale::Step ? 1 : 2;
+            w.units[units++] = {
+                block + unit * fmt.key.unit_bytes,
+                block + fmt.key_bytes + unit * fmt.value.unit_bytes,
+                block + fmt.key.scales + unit * kUnit * key_size,
+                block + fmt.key_bytes + fmt.value.scales + unit * kUnit * value_size,
+            };
+            if (units == kMaxUnits) {
+                add_units<M>(fmt, found, number, units, w);
+                number += kUnit * units;
+                units = 0;
+            }
+        }
+    }
+    if (units) add_units<M>(fmt, found, number, units, w);
+    collect(fmt.value, found, w);
+    merge(tile, found);
+}
+
+}  // namespace
+}  // namespace kvfold

@@ -1,0 +1,49 @@
+// What one page holds: the mirror of kvfold.kv.format, made from it once per distinct format.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace kvfold {
+
+constexpr int kUnit = 16;         // tokens whose codes lie together
+constexpr int kStepsPerOctave = 12;  // of a logarithmic step
+
+enum class Scale : int { Static, Token, Channel, Step };
+
+// Four dimensions of a unit: where their bytes begin and how 64 of them become 64 codes.
+struct alignas(64) Quad {
+    uint8_t index[64];   // byte of the window that each byte of a register comes from
+    uint8_t shift[64];   // first bit of each code in its 64-bit lane
+    uint8_t mask[64];
+    int32_t offset;      // of the window in the unit
+};
+
+struct Row {
+    int kept = 0, raw = 0, raw_bits = 16;
+    Scale scale = Scale::Static;
+    int groups = 1;                 // token scales: groups of dimensions
+    std::vector<uint8_t> widths;    // bits of every kept dimension
+    std::vector<int32_t> offsets;   // bytes before it in a unit
+    std::vector<float> centre;      // what a static or logarithmic code is counted from
+    int unit_bytes = 0;             // codes of one unit
+    int scales = 0;                 // byte offset of the scales from the start of the row's part of a block
+    std::vector<Quad> quads;        // coded dimensions, four at a time; a group begins a new one
+    std::vector<int32_t> quad_dim;  // first dimension of each
+    std::vector<int32_t> spans;     // quads [spans[i], spans[i + 1]) share their scales
+    bool fast = false;              // whether the vector kernels take it
+
+    int coded() const { return kept - raw; }
+    int nbytes(int block) const;
+};
+
+struct Format {
+    int page_bytes, head_dim, block, capacity, key_bytes, block_bytes;
+    Row key, value;
+    bool raw() const { return block == 1; }
+    int units() const { return block / kUnit; }
+};
+
+// `words`: page_bytes, head_dim, block, then key and value as (scale, groups, kept, widths...).
+Format make_format(const int32_t* words);
+
+}  // namespace kvfold

@@ -1,0 +1,84 @@
+// What a set of instructions has to offer: rows of one page met by a few queries.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "format.h"
+
+namespace kvfold {
+
+constexpr int kMaxRows = 8;    // queries that share one read
+constexpr int kMaxDim = 256;
+constexpr int kRun = 256;      // tokens whose scores are held at once
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// Queries of one KV head and what they have found so far: out is the weighted sum of values, not yet divided by `sum`,
+// weights being 2^(score - most).
+struct Tile {
+    int rows;
+    int dim;
+    const float* plain[kMaxRows];   // queries as the model made them, [dim]
+    const float* query[kMaxRows];   // the same times `step`, so that scores are logarithms to base 2
+    float step;
+    int64_t first[kMaxRows];        // rows of the source that each query sees: [first, last)
+    int64_t last[kMaxRows];
+    float most[kMaxRows];
+    float sum[kMaxRows];
+    alignas(64) float out[kMaxRows][kMaxDim];
+
+    void clear(int count, int d) {
+        rows = count;
+        dim = d;
+        step = 1;
+        for (int m = 0; m < count; ++m) {
+            most[m] = kNone;
+            sum[m] = 0;
+            for (int i = 0; i < d; ++i) out[m][i] = 0;
+        }
+    }
+};
+
+// Rows [first, last) of a page, row `first` being number `number` of its source.
+struct Run {
+    const uint8_t* page;
+    int first, last;
+    int64_t number;
+};
+
+struct Kernels {
+    // Adds what `count` runs of one format hold to the tile. Runs of coded rows consist of whole units.
+    void (*attend)(const Format&, Tile&, const Run*, int count);
+    const char* name;
+    const Kernels* exact;  // those that do not round float32 queries and weights to 16 bits
+};
+
+extern const Kernels kPortable, kAvx2, kVnni, kVnniBf16;
+
+// Takes what another source found into a tile.
+void merge(Tile& into, const Tile& other);
+
+static inline float from_bf16(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);  // NaN stays NaN
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+static inline float from_f16(uint16_t x) {
+    const uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = x >> 10 & 31, fraction = x & 0x3ff;
+    if (exponent == 0) return (sign ? -1.f : 1.f) * float(fraction) * 0x1p-24f;
+    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+}  // namespace kvfold

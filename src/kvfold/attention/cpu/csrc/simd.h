@@ -1,0 +1,57 @@
+// Pieces of arithmetic on 16 lanes that both vector kernels need.
+#pragma once
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace kvfold {
+namespace {
+
+constexpr int kMaxUnits = kRun / kUnit;
+
+// 2^x for x <= 0, relative error below 3e-6; 0 where x is below the range of floats.
+inline __m512 exp2_ps(__m512 x) {
+    const __mmask16 there = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.f), _CMP_GE_OQ);
+    x = _mm512_maskz_mov_ps(there, x);
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 part = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(0.0096181291f);
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.0555041087f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.2402265070f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.6931471806f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.f));
+    return _mm512_maskz_scalef_ps(there, y, whole);
+}
+
+inline float exp2_one(float x) { return _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(x))); }
+
+// Which of 16 rows from `number` a query sees.
+inline __mmask16 seen(const Tile& tile, int m, int64_t number) {
+    const int64_t low = tile.first[m] - number, high = tile.last[m] - number;
+    if (low <= 0 && high >= 16) return 0xffff;
+    if (low >= 16 || high <= 0) return 0;
+    const uint32_t from = low > 0 ? 0xffffu << low : 0xffffu;
+    const uint32_t below = high < 16 ? (1u << high) - 1 : 0xffffu;
+    return __mmask16(from & below);
+}
+
+inline __m512 widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// Turns the scores of one query into weights relative to their largest one, which is returned (kNone: nothing seen).
+inline float weights(const Tile& tile, int m, int64_t number, int groups, float* scores) {
+    __m512 top = _mm512_set1_ps(kNone);
+    for (int u = 0; u < groups; ++u) {
+        const __mmask16 visible = seen(tile, m, number + 16 * u);
+        const __m512 s = _mm512_mask_mov_ps(_mm512_set1_ps(kNone), visible, _mm512_load_ps(scores + 16 * u));
+        _mm512_store_ps(scores + 16 * u, s);
+        top = _mm512_max_ps(top, s);
+    }
+    const float most = _mm512_reduce_max_ps(top);
+    const __m512 base = _mm512_set1_ps(most == kNone ? 0.f : most);
+    for (int u = 0; u < groups; ++u)
+        _mm512_store_ps(scores + 16 * u, exp2_ps(_mm512_sub_ps(_mm512_load_ps(scores + 16 * u), base)));
+    return most;
+}
+
+}  // namespace
+}  // namespace kvfold

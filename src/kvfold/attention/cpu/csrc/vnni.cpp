@@ -1,0 +1,33 @@
+// Attention with AVX-512 VNNI and VBMI; compiled once more with products of bfloat16 where the machine has them.
+#include "coded.h"
+#include "raw.h"
+
+#ifndef KVFOLD_VNNI
+#define KVFOLD_VNNI kVnni
+#define KVFOLD_NAME "avx512-vnni"
+#endif
+
+namespace kvfold {
+namespace {
+
+template <int M>
+void attend_rows(const Format& fmt, Tile& tile, const Run* runs, int count) {
+    if (fmt.raw())
+        attend_raw<M>(fmt, tile, runs, count);
+    else
+        attend_coded<M>(fmt, tile, runs, count);
+}
+
+void attend(const Format& fmt, Tile& tile, const Run* runs, int count) {
+    if (!(fmt.key.fast && fmt.value.fast)) return kAvx2.attend(fmt, tile, runs, count);
+    using Attend = void (*)(const Format&, Tile&, const Run*, int);
+    static constexpr Attend by_rows[] = {attend_rows<1>, attend_rows<2>, attend_rows<3>, attend_rows<4>,
+                                         attend_rows<5>, attend_rows<6>, attend_rows<7>, attend_rows<8>};
+    by_rows[tile.rows - 1](fmt, tile, runs, count);
+}
+
+}  // namespace
+
+extern const Kernels KVFOLD_VNNI{attend, KVFOLD_NAME, &kVnni};
+
+}  // namespace kvfold

@@ -1,0 +1,100 @@
+"""The compiled kernels: finding them, and the structures that both sides of the call agree on."""
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.errors import KernelsUnavailable
+from kvfold.kv.format import PageFormat, Row, Scale
+
+_SCALES = {Scale.STATIC: 0, Scale.TOKEN: 1, Scale.CHANNEL: 2, Scale.STEP: 3}
+VERSION = 1  # of the calls; the library has the same number, or it was built from other sources
+
+
+class StepInfo(ctypes.Structure):
+    """`kvfold_step` of attend.h."""
+
+    _fields_ = (
+        ("near", c_void_p),
+        ("far", c_void_p),
+        ("near_columns", c_int64),
+        ("far_columns", c_int64),
+        ("length", c_int64),
+        ("first", c_int64),
+        ("count", c_int64),
+    )
+
+
+class LayerCall(ctypes.Structure):
+    """`kvfold_layer` of attend.h."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("page_bytes", "layer", "kv_heads", "group", "dim")),
+        *((name, c_void_p) for name in ("q", "k", "v")),
+        *((name, c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
+        ("out", c_void_p),
+        ("lse", c_void_p),
+        ("wide", c_int64),
+        ("scale", c_double),
+        *((name, c_int64) for name in ("exact", "sinks", "recent", "seal", "ring", "window", "sunk")),
+        ("near_format", c_void_p),
+        ("far_formats", c_void_p),
+        ("steps", c_void_p),
+        ("count", c_int64),
+        ("kernels", c_void_p),
+    )
+
+
+@cache
+def library() -> Any:
+    """The loaded library. Raises KernelsUnavailable where it was not built or was built from other sources."""
+    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not found:
+        raise KernelsUnavailable("the kernels were not built; install kvfold again where there is a C++ compiler")
+    _share_threads()
+    try:
+        loaded = ctypes.CDLL(str(found[0]))
+        version = loaded.kvfold_version()
+    except (OSError, AttributeError) as error:
+        raise KernelsUnavailable(f"{found[0].name} cannot be loaded ({error}); install kvfold again") from error
+    if version != VERSION:
+        raise KernelsUnavailable(f"{found[0].name} is of another version of kvfold; install kvfold again")
+    loaded.kvfold_format.argtypes, loaded.kvfold_format.restype = [POINTER(c_int32)], c_void_p
+    loaded.kvfold_format_bytes.argtypes, loaded.kvfold_format_bytes.restype = [c_void_p, c_int64], c_int64
+    loaded.kvfold_kernels.argtypes, loaded.kvfold_kernels.restype = [c_char_p], c_void_p
+    loaded.kvfold_kernels_name.argtypes, loaded.kvfold_kernels_name.restype = [c_void_p], c_char_p
+    loaded.kvfold_attend.argtypes, loaded.kvfold_attend.restype = [POINTER(LayerCall)], None
+    return loaded
+
+
+def _share_threads() -> None:
+    """Makes torch's OpenMP the one that the kernels find: a second pool of threads would spin against the first."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def supported(fmt: PageFormat) -> bool:
+    """Whether the kernels know this format. They do not keep sums of codes, nor units of another size."""
+    if fmt.key.sums or fmt.value.sums or fmt.head_dim > 256:
+        return False
+    raw = all(row.raw == row.kept for row in (fmt.key, fmt.value))
+    return fmt.block == 1 and raw or fmt.block % 16 == 0 and fmt.block <= 256
+
+
+@cache
+def native_format(fmt: PageFormat) -> int:
+    """The format as the kernels keep it (for good: there are as many as layouts in use have)."""
+    words = [fmt.page_bytes, fmt.head_dim, fmt.block, *_row_words(fmt.key), *_row_words(fmt.value)]
+    pointer: int = library().kvfold_format((c_int32 * len(words))(*words))
+    made = [library().kvfold_format_bytes(pointer, which) for which in (0, 1)]
+    assert made == [fmt.block_bytes, fmt.capacity], (made, fmt)
+    return pointer
+
+
+def _row_words(row: Row) -> list[int]:
+    return [_SCALES[row.scale], row.kept // (row.group or row.kept) if row.kept else 1, row.kept, *row.widths]
