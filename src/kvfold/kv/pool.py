@@ -1,8 +1,12 @@
 """The one pool of fixed-size byte pages that all sequences, layers, heads and methods draw from."""
 
+import mmap
+from contextlib import suppress
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kvfold.errors import MemoryLimitError
 
@@ -15,6 +19,18 @@ class PoolExhausted(Exception):
     """Fewer free pages than asked for: the caller evicts or preempts and asks again; never reaches a user."""
 
 
+def _memory(size: int) -> Tensor:
+    """Bytes in huge pages of the operating system where it has them: pages of the pool lie scattered, and looking up
+    where small ones are takes a kernel longer than reading them. Raises RuntimeError or OSError where there is no room.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    area = mmap.mmap(-1, size)
+    with suppress(OSError):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8)
+
+
 class PagePool:
     """`n_pages` pages of `page_bytes` bytes with reference counts.
 
@@ -24,8 +40,8 @@ class PagePool:
 
     def __init__(self, n_pages: int, page_bytes: int) -> None:
         try:
-            flat = torch.empty(n_pages * page_bytes + SLACK, dtype=torch.uint8)
-        except RuntimeError as error:  # torch's way to say that the allocation failed
+            flat = _memory(n_pages * page_bytes + SLACK)
+        except (RuntimeError, OSError) as error:  # RuntimeError is torch's way to say it
             size = n_pages * page_bytes / 2**30
             raise MemoryLimitError(f"cannot allocate {size:.1f} GiB of KV memory; lower kv_memory") from error
         self.data = flat[: n_pages * page_bytes].view(n_pages, page_bytes)

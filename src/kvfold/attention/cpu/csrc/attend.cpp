@@ -171,8 +171,8 @@ void load_queries(const Layer& l, const kvfold_step& s, const Task& task, Querie
 
 class Attention {
   public:
-    Attention(const Layer& l, const Task& task, Tile& tile, const Band* band)
-        : l_(l), s_(l.steps[task.step]), task_(task), tile_(tile), band_(band),
+    Attention(const Layer& l, const Task& task, Tile& tile, const Band* band, Scratch& scratch)
+        : l_(l), s_(l.steps[task.step]), task_(task), tile_(tile), band_(band), scratch_(scratch),
           kernels_(l.wide ? *static_cast<const Kernels*>(l.kernels)->exact : *static_cast<const Kernels*>(l.kernels)) {}
 
     void far() {
@@ -232,7 +232,7 @@ class Attention {
     }
 
     void attend(const Format& fmt) {
-        if (!runs_.empty()) kernels_.attend(fmt, tile_, runs_.data(), int(runs_.size()));
+        if (!runs_.empty()) kernels_.attend(fmt, tile_, runs_.data(), int(runs_.size()), scratch_);
         runs_.clear();
     }
 
@@ -241,6 +241,7 @@ class Attention {
     const Task& task_;
     Tile& tile_;
     const Band* band_;
+    Scratch& scratch_;
     const Kernels& kernels_;
     std::vector<Run> runs_;
 };
@@ -330,6 +331,7 @@ void attend(const Layer& l) {
             if (band) band->fill(l, s, i % heads);
             store(l, s, i % heads, band);
         }
+        static thread_local Scratch scratch;
         Queries queries;
         Tile tile;
 #pragma omp for schedule(dynamic, 1)
@@ -338,7 +340,7 @@ void attend(const Layer& l) {
             const kvfold_step& s = l.steps[task.step];
             load_queries(l, s, task, queries, tile);
             const Band* band = !l.exact && s.count > 1 ? &bands[size_t(task.step * heads + task.head)] : nullptr;
-            Attention attention(l, task, tile, band);
+            Attention attention(l, task, tile, band, scratch);
             attention.far();
             if (task.with_near) attention.near();
             if (task.partial < 0) {

@@ -31,8 +31,14 @@ struct CodedScratch {
     float shrink[kMaxRows];               // of what was found before this batch
     float worth[kMaxRows];                // of a weight of this batch
     float share[kMaxRows][kMaxSpans];     // of a rounded weight
-    Unit units[kMaxUnits];
+    Unit batches[2][kMaxUnits];           // at work, and being fetched meanwhile
+    const Unit *units, *next;             // [kMaxUnits] each
 };
+
+// Asks for the bytes of one unit of the next batch: pages are too short for the hardware to guess what follows.
+inline void prefetch(const uint8_t* data, int bytes) {
+    for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(data + i), _MM_HINT_T0);
+}
 
 inline int span_count(const Row& row) { return int(row.spans.size()) - 1; }
 
@@ -219,7 +225,13 @@ inline void raw_values(const Row& row, int units, int m, CodedScratch& w) {
 template <int M>
 void add_units(const Format& fmt, Tile& tile, int64_t number, int units, CodedScratch& w) {
     int unit = 0;
-    for (; unit + 2 <= units; unit += 2) key_products<M, 2>(fmt.key, fmt.block, tile, unit, w);
+    for (; unit + 2 <= units; unit += 2) {
+        for (int u = unit; u < unit + 2 && w.next[u].key; ++u) {
+            prefetch(w.next[u].key, fmt.key.unit_bytes);
+            prefetch(w.next[u].value, fmt.value.unit_bytes);
+        }
+        key_products<M, 2>(fmt.key, fmt.block, tile, unit, w);
+    }
     if (unit < units) key_products<M, 1>(fmt.key, fmt.block, tile, unit, w);
     for (int m = 0; m < M; ++m) {
         const float here = weights(tile, m, number, units, w.score[m]);
@@ -257,8 +269,9 @@ inline void collect(const Row& row, Tile& tile, const CodedScratch& w) {
 }
 
 template <int M>
-void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count) {
-    static thread_local CodedScratch w;
+void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
+    static_assert(sizeof(CodedScratch) <= sizeof(Scratch));
+    auto& w = *reinterpret_cast<CodedScratch*>(scratch.bytes);
     Tile found;
     found.clear(M, tile.dim);
     for (int m = 0; m < M; ++m) {
@@ -271,27 +284,40 @@ void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count) {
         std::memset(w.sums[m], 0, sizeof(w.sums[m][0]) * fmt.value.quads.size());
     }
     round_query(fmt.key, found, w);
-    int units = 0;
-    int64_t number = count ? runs->number : 0;
-    for (; count--; ++runs) {
-        for (int row = runs->first; row < runs->last; row += kUnit) {
-            const uint8_t* block = runs->page + size_t(row / fmt.block) * fmt.block_bytes;
-            const int unit = row % fmt.block / kUnit;
-            const int key_size = fmt.key.scale == Scale::Step ? 1 : 2, value_size = fmt.value.scale == Scale::Step ? 1 : 2;
-            w.units[units++] = {
-                block + unit * fmt.key.unit_bytes,
-                block + fmt.key_bytes + unit * fmt.value.unit_bytes,
-                block + fmt.key.scales + unit * kUnit * key_size,
-                block + fmt.key_bytes + fmt.value.scales + unit * kUnit * value_size,
-            };
-            if (units == kMaxUnits) {
-                add_units<M>(fmt, found, number, units, w);
-                number += kUnit * units;
-                units = 0;
+    const int key_size = fmt.key.scale == Scale::Step ? 1 : 2, value_size = fmt.value.scale == Scale::Step ? 1 : 2;
+    const Run* run = runs;
+    int row = count ? run->first : 0;
+    // The next units of the runs, at most one batch, the one after the last having no address.
+    const auto list = [&](Unit* units) {
+        int n = 0;
+        while (n < kMaxUnits && run < runs + count) {
+            if (row >= run->last) {
+                if (++run < runs + count) row = run->first;
+                continue;
             }
+            const uint8_t* block = run->page + size_t(row / fmt.block) * fmt.block_bytes;
+            const uint8_t* values = block + fmt.key_bytes;
+            const int unit = row % fmt.block / kUnit;
+            units[n++] = {
+                block + unit * fmt.key.unit_bytes,
+                values + unit * fmt.value.unit_bytes,
+                block + fmt.key.scales + unit * kUnit * key_size,
+                values + fmt.value.scales + unit * kUnit * value_size,
+            };
+            row += kUnit;
         }
+        if (n < kMaxUnits) units[n].key = nullptr;
+        return n;
+    };
+    int64_t number = count ? runs->number : 0;
+    for (int units = list(w.batches[0]), batch = 0; units; batch ^= 1) {
+        w.units = w.batches[batch];
+        w.next = w.batches[batch ^ 1];
+        const int more = list(w.batches[batch ^ 1]);
+        add_units<M>(fmt, found, number, units, w);
+        number += kUnit * units;
+        units = more;
     }
-    if (units) add_units<M>(fmt, found, number, units, w);
     collect(fmt.value, found, w);
     merge(tile, found);
 }

@@ -46,9 +46,14 @@ struct Run {
     int64_t number;
 };
 
+// A thread's working memory. It is handed down: looking up a thread-local variable in a loop costs more than the loop.
+struct alignas(64) Scratch {
+    uint8_t bytes[192 * 1024];
+};
+
 struct Kernels {
     // Adds what `count` runs of one format hold to the tile. Runs of coded rows consist of whole units.
-    void (*attend)(const Format&, Tile&, const Run*, int count);
+    void (*attend)(const Format&, Tile&, const Run*, int count, Scratch&);
     const char* name;
     const Kernels* exact;  // those that do not round float32 queries and weights to 16 bits
 };

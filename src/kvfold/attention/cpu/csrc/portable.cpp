@@ -126,8 +126,10 @@ void raw_tokens(const Format& fmt, const uint8_t* data, int tokens, Numbers& key
     }
 }
 
-void attend(const Format& fmt, Tile& tile, const Run* runs, int count) {
-    Numbers keys, values;
+void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
+    static_assert(2 * sizeof(Numbers) <= sizeof(Scratch));
+    auto* sides = reinterpret_cast<Numbers*>(scratch.bytes);
+    Numbers &keys = sides[0], &values = sides[1];
     for (; count--; ++runs) {
         for (int row = runs->first; row < runs->last; row += kUnit) {
             const int tokens = std::min(kUnit, runs->last - row);

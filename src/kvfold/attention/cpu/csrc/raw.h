@@ -165,8 +165,9 @@ void add_tokens(const Format& fmt, Tile& tile, int64_t number, RawTokens tokens,
 }
 
 template <int M>
-void attend_raw(const Format& fmt, Tile& tile, const Run* runs, int count) {
-    static thread_local RawScratch w;
+void attend_raw(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
+    static_assert(sizeof(RawScratch) <= sizeof(Scratch));
+    auto& w = *reinterpret_cast<RawScratch*>(scratch.bytes);
     Tile found;
     found.clear(M, tile.dim);
     found.step = tile.step;
