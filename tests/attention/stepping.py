@@ -13,7 +13,12 @@ Results = list[list[tuple[Tensor, Tensor]]]  # [sequence][layer]: output [T, H, 
 
 
 def stepped(
-    backend: AttentionBackend, layout: CacheLayout, inputs: Inputs, cuts: list[list[int]], scale: float, pages: int = 4000
+    backend: AttentionBackend,
+    layout: CacheLayout,
+    inputs: Inputs,
+    cuts: list[list[int]],
+    scale: float,
+    pages: int = 4000,
 ) -> Results:
     """What a backend makes of sequences that come in pieces of `cuts` tokens, batched; checks that no page is lost."""
     pool = PagePool(pages, layout.page_bytes)

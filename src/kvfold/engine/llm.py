@@ -85,7 +85,9 @@ class LLM:
         prepared = [prepare_lane(self.model, method, raw_bits, path, progress) for method in methods]
         self.methods = methods
         self.curve = [trial for _, curve in prepared for trial in curve]
-        self.engine = Engine(self.model.decoder, self.model.tokenizer, [lane for lane, _ in prepared], config, attention)
+        self.engine = Engine(
+            self.model.decoder, self.model.tokenizer, [lane for lane, _ in prepared], config, attention
+        )
 
     def generate(
         self,

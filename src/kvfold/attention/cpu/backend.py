@@ -80,7 +80,9 @@ class CpuPlan:
         self._tables = [(s.tables.near, s.tables.far) for s in steps]
         self._steps = (StepInfo * len(steps))(
             *(
-                StepInfo(near.ctypes.data, far.ctypes.data, near.shape[1], far.shape[1], s.tables.length, s.first, s.count)
+                StepInfo(
+                    near.ctypes.data, far.ctypes.data, near.shape[1], far.shape[1], s.tables.length, s.first, s.count
+                )
                 for s, (near, far) in zip(steps, self._tables, strict=True)
             )
         )

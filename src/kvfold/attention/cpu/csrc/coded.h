@@ -9,8 +9,9 @@
 namespace kvfold {
 namespace {
 
-// A weight is two digits of seven bits: with one the tail of a long sequence would be rounded away.
-constexpr int kDigit = 7, kMostWeight = (1 << 2 * kDigit) - 1;
+// Queries and weights are two digits of seven bits. With one, the tail of a long sequence would be rounded away, and
+// what a query's rounding does to scores moved the perplexity of a 4-bit cache by 0.08 %.
+constexpr int kDigit = 7, kMostWeight = (1 << 2 * kDigit) - 1, kMostQuery = 127 << kDigit;
 constexpr int kMaxSpans = kMaxDim / 4, kMaxQuads = kMaxDim / 4 + kMaxSpans;
 
 struct Unit {
@@ -22,8 +23,8 @@ struct CodedScratch {
     alignas(64) float scaled[kRun];
     alignas(64) uint8_t weight[2][kMaxRows][kRun];  // high and low digits
     alignas(64) float sums[kMaxRows][kMaxQuads][16];
-    alignas(64) int8_t query[kMaxQuads][kMaxRows][4];
-    float step[kMaxRows];                 // of the query's bytes
+    alignas(64) int8_t query[kMaxQuads][kMaxRows][2][4];  // high and low digits
+    float step[kMaxRows];                 // of the query's lower digit
     float bias[kMaxRows][kMaxSpans];      // keys: what the codes' centres, or one unit of offset, are worth
     float total[kMaxRows][kMaxSpans];     // values: sum of the weights that the codes were multiplied with
     float lows[kMaxRows][kMaxSpans];      // values: weighted sum of the offsets
@@ -56,7 +57,7 @@ inline void round_query(const Row& row, const Tile& tile, CodedScratch& w) {
         const float* q = tile.query[m];
         float most = 1e-30f;
         for (int d = row.raw; d < row.kept; ++d) most = std::max(most, std::fabs(q[d]));
-        const float step = most / 127;
+        const float step = most / kMostQuery;
         w.step[m] = step;
         for (int s = 0; s < span_count(row); ++s) {
             float bias = 0;
@@ -64,7 +65,8 @@ inline void round_query(const Row& row, const Tile& tile, CodedScratch& w) {
                 const int end = std::min(row.quad_dim[j] + 4, span_end(row, s));
                 for (int d = row.quad_dim[j]; d < end; ++d) {
                     const float rounded = std::nearbyint(q[d] / step);
-                    w.query[j][m][d - row.quad_dim[j]] = int8_t(rounded);
+                    w.query[j][m][0][d - row.quad_dim[j]] = int8_t(int(rounded) >> kDigit);
+                    w.query[j][m][1][d - row.quad_dim[j]] = int8_t(int(rounded) & ((1 << kDigit) - 1));
                     bias += row.scale == Scale::Token ? step * rounded : -step * rounded * row.centre[d];
                 }
             }
@@ -96,16 +98,17 @@ template <int M, int U>
 void key_products(const Row& row, int block, const Tile& tile, int unit, CodedScratch& w) {
     const int spans = span_count(row);
     for (int s = 0; s < spans; ++s) {
-        __m512i sums[U][M];
+        __m512i high[U][M], low[U][M];
         for (int u = 0; u < U; ++u)
-            for (int m = 0; m < M; ++m) sums[u][m] = _mm512_setzero_si512();
+            for (int m = 0; m < M; ++m) high[u][m] = low[u][m] = _mm512_setzero_si512();
         for (int j = row.spans[s]; j < row.spans[s + 1]; ++j) {
             for (int u = 0; u < U; ++u) {
                 const __m512i codes = codes_of(row.quads[j], w.units[unit + u].key);
                 for (int m = 0; m < M; ++m) {
-                    int32_t four;
-                    std::memcpy(&four, w.query[j][m], 4);
-                    sums[u][m] = _mm512_dpbusd_epi32(sums[u][m], codes, _mm512_set1_epi32(four));
+                    int32_t digits[2];
+                    std::memcpy(digits, w.query[j][m], 8);
+                    high[u][m] = _mm512_dpbusd_epi32(high[u][m], codes, _mm512_set1_epi32(digits[0]));
+                    low[u][m] = _mm512_dpbusd_epi32(low[u][m], codes, _mm512_set1_epi32(digits[1]));
                 }
             }
         }
@@ -113,17 +116,18 @@ void key_products(const Row& row, int block, const Tile& tile, int unit, CodedSc
             const uint8_t* scale = w.units[unit + u].key_scale;
             for (int m = 0; m < M; ++m) {
                 float* out = w.score[m] + kUnit * (unit + u);
-                const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[u][m]), _mm512_set1_ps(w.step[m]));
+                const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[u][m], kDigit), low[u][m]);
+                const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(w.step[m]));
                 const __m512 bias = _mm512_set1_ps(w.bias[m][s]);
                 if (row.scale == Scale::Static) {
                     _mm512_store_ps(out, _mm512_add_ps(product, bias));
                 } else if (row.scale == Scale::Step) {
                     _mm512_store_ps(out, _mm512_mul_ps(_mm512_add_ps(product, bias), steps_of(scale)));
                 } else {
-                    const __m512 low = halves_at(scale + 2 * s * block);
+                    const __m512 offset = halves_at(scale + 2 * s * block);
                     const __m512 step = halves_at(scale + 2 * (spans + s) * block);
                     const __m512 before = s ? _mm512_load_ps(out) : _mm512_setzero_ps();
-                    _mm512_store_ps(out, _mm512_fmadd_ps(product, step, _mm512_fmadd_ps(bias, low, before)));
+                    _mm512_store_ps(out, _mm512_fmadd_ps(product, step, _mm512_fmadd_ps(bias, offset, before)));
                 }
             }
         }
@@ -224,15 +228,17 @@ inline void raw_values(const Row& row, int units, int m, CodedScratch& w) {
 // Adds one batch of units, the first being row `number`, to what was found.
 template <int M>
 void add_units(const Format& fmt, Tile& tile, int64_t number, int units, CodedScratch& w) {
-    int unit = 0;
-    for (; unit + 2 <= units; unit += 2) {
-        for (int u = unit; u < unit + 2 && w.next[u].key; ++u) {
+    constexpr int U = M <= 4 ? 2 : 1;  // as many sums as there are registers
+    for (int unit = 0; unit < units; unit += U) {
+        for (int u = unit; u < unit + U && w.next[u].key; ++u) {
             prefetch(w.next[u].key, fmt.key.unit_bytes);
             prefetch(w.next[u].value, fmt.value.unit_bytes);
         }
-        key_products<M, 2>(fmt.key, fmt.block, tile, unit, w);
+        if (unit + U <= units)
+            key_products<M, U>(fmt.key, fmt.block, tile, unit, w);
+        else
+            key_products<M, 1>(fmt.key, fmt.block, tile, unit, w);
     }
-    if (unit < units) key_products<M, 1>(fmt.key, fmt.block, tile, unit, w);
     for (int m = 0; m < M; ++m) {
         const float here = weights(tile, m, number, units, w.score[m]);
         const float most = std::max(tile.most[m], here);
