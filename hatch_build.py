@@ -14,7 +14,8 @@ class KernelsHook(BuildHookInterface):
         if self.target_name != "wheel":
             return
         spec = importlib.util.spec_from_file_location("kvfold_build", SCRIPT)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
         try:
