@@ -28,7 +28,7 @@ class BuildError(Exception):
 
 def units(x86: bool) -> list[tuple[str, list[str]]]:
     """(source, flags) of everything that is compiled."""
-    common = [("format.cpp", []), ("encode.cpp", []), ("portable.cpp", [])]
+    common: list[tuple[str, list[str]]] = [("format.cpp", []), ("encode.cpp", []), ("portable.cpp", [])]
     if not x86:
         return [*common, ("attend.cpp", ["-fopenmp"])]
     return [

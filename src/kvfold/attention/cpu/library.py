@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvfold.errors import KernelsUnavailable
-from kvfold.kv.format import PageFormat, Row, Scale
+from kvfold.kv.format import UNIT, PageFormat, Row, Scale
 
 _SCALES = {Scale.STATIC: 0, Scale.TOKEN: 1, Scale.CHANNEL: 2, Scale.STEP: 3}
 VERSION = 1  # of the calls; the library has the same number, or it was built from other sources
@@ -82,8 +82,9 @@ def supported(fmt: PageFormat) -> bool:
     """Whether the kernels know this format. They do not keep sums of codes, nor units of another size."""
     if fmt.key.sums or fmt.value.sums or fmt.head_dim > 256:
         return False
-    raw = all(row.raw == row.kept for row in (fmt.key, fmt.value))
-    return fmt.block == 1 and raw or fmt.block % 16 == 0 and fmt.block <= 256
+    if fmt.block == 1:
+        return all(row.raw == row.kept for row in (fmt.key, fmt.value))
+    return fmt.block % UNIT == 0 and fmt.block <= 256
 
 
 @cache
