@@ -368,6 +368,10 @@ extern "C" {
 
 int kvfold_version() { return 1; }
 
+int64_t kvfold_layer_size() { return sizeof(kvfold_layer); }
+
+int64_t kvfold_step_size() { return sizeof(kvfold_step); }
+
 const void* kvfold_format(const int32_t* words) { return new kvfold::Format(kvfold::make_format(words)); }
 
 int64_t kvfold_format_bytes(const void* format, int64_t which) {

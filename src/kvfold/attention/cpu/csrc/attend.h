@@ -35,6 +35,8 @@ struct kvfold_layer {
 };
 
 int kvfold_version();
+int64_t kvfold_layer_size();
+int64_t kvfold_step_size();
 const void* kvfold_format(const int32_t* words);
 // Kernels by name (null: the best that the machine has; the result is null where it lacks what the name needs).
 const void* kvfold_kernels(const char* name);
