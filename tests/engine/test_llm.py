@@ -151,3 +151,12 @@ def test_contexts_are_compressed_before_the_question(tiny_llama: Path, llm: LLM)
     assert answer.kv.compression > 2
     # Where nothing is compressed at a mark, it changes nothing.
     assert token_ids(llm, {"context": context, "prompt": question}) == token_ids(llm, [ids])
+
+
+@pytest.mark.parametrize("kv", ["none", "kivi(bits=4)", "snapkv(budget=48)"])
+def test_bfloat16_runs(tiny_llama: Path, kv: str) -> None:
+    """Attention computes in float32 whatever the activations are; prompts of two lengths make it write row by row."""
+    half = LLM(tiny_llama, dtype="bfloat16", kv_memory="8MiB", kv=kv)
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    outputs = half.generate([list(range(5, 69)), list(range(5, 205))], params)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [4, 4]
