@@ -44,6 +44,7 @@ def main() -> None:
         "limit": options.limit,
         "machine": machine(),
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+        "load": os.getloadavg()[0],
         "bandwidth": {},
     }
     deadline = time.monotonic() + 60 * options.minutes

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DPI = 110
 MARKERS = "osD^v<>PXph*"
+COLOURS = [f"C{index}" for index in range(10)] + ["black", "gold", "navy", "lime"]
 Point = Callable[[Figures], tuple[float, float]]
 
 
@@ -44,11 +45,17 @@ def _throughput(found: Sequence[Figures], along: str, fixed: str, file: Path) ->
 
 def _roofline(found: Sequence[Figures], bandwidth: float, file: Path) -> None:
     """Time of a step against the weights and KV bytes it reads at least; below the line memory is not fast enough."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     (axes,) = grid = _grid(1)
     _lines(axes, found, lambda each: (_read(each) / 1e6, 1000 * (each.step or 0)), joined=False)
     ends = np.array([0.8 * min(map(_read, found)), 1.25 * max(map(_read, found))])
     axes.plot(ends / 1e6, 1000 * ends / bandwidth, "k--", lw=1, label=f"memory, {bandwidth / 1e9:.1f} GB/s")
     axes.set(title="decode step", xlabel="weights + held KV, MB", ylabel="ms", xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
     _save(grid, file)
 
 
@@ -71,11 +78,9 @@ def _lines(axes: "Axes", found: Sequence[Figures], point: Point, *, spread: bool
         x, y = np.array([point(each) for each in own]).T
         errors = [[each.median - each.low for each in own], [each.high - each.median for each in own]]
         ours = own[0].row.configuration.peer == OURS
-        style = {
-            "marker": MARKERS[index % len(MARKERS)],
-            "lw": (2 if ours else 1) * joined,
-            "markersize": 7 if ours else 5,
-        }
+        width, size = (2, 7) if ours else (1, 5)
+        style = {"marker": MARKERS[index % len(MARKERS)], "color": COLOURS[index % len(COLOURS)]}
+        style |= {"linewidth": width * joined, "markersize": size}
         axes.errorbar(x, y, errors if spread else None, label=name, capsize=2, **style)
     axes.grid(alpha=0.3, which="both")
 

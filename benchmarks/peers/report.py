@@ -13,7 +13,8 @@ def markdown(settings: Mapping[str, Any], rows: Sequence[Row], pictures: Sequenc
     """settings: as in the JSON file. pictures: names of PNG files beside the report."""
     found = figures(rows)
     cells = list(dict.fromkeys(row.cell.name for row in rows))
-    parts = [_heading(settings), _overview(found, cells)]
+    order = list(dict.fromkeys(row.configuration.name for row in rows))
+    parts = [_heading(settings), _overview(sorted(found, key=lambda f: order.index(f.row.configuration.name)), cells)]
     parts += [_cell(name, [each for each in found if each.row.cell.name == name]) for name in cells]
     parts += [_missing(rows)]
     parts += [f"![{name}]({name})" for name in pictures]
@@ -27,10 +28,11 @@ def _heading(settings: Mapping[str, Any]) -> str:
     )
     return (
         f"# kvfold and its peers, side by side\n\n{settings['model']}, {settings['threads']} threads on "
-        f"{settings['machine']}; {settings['date']}. Memory is read at {widths}. Medians of up to "
-        f"{settings['repetitions']} repetitions, interleaved, with the lowest and the highest. A decode repetition is "
-        f"{settings['steps']} steps of the whole batch (fewer after {settings['limit']:g} s), timed from step to step: "
-        "no prompt is in it. The peak is of resident memory after loading."
+        f"{settings['machine']}; {settings['date']}, load average {settings['load']:.1f} before. Memory is read at "
+        f"{widths}. Medians of up to {settings['repetitions']} repetitions, interleaved, with the lowest and the "
+        f"highest. A decode repetition is {settings['steps']} steps of the whole batch (fewer after "
+        f"{settings['limit']:g} s), timed from step to step: no prompt is in it. The peak is of resident memory after "
+        "loading."
     )
 
 

@@ -24,7 +24,10 @@ WEIGHTS = 134_515_008
 class VLLM:
     def __init__(self, options: argparse.Namespace) -> None:
         kv, self.element = KV_TYPES[options.kv]
-        os.environ["VLLM_CACHE_ROOT"] = os.path.join(sys.prefix, "cache")
+        cache = os.path.join(sys.prefix, "cache")
+        os.environ["VLLM_CACHE_ROOT"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        # 0.32's CPU build cannot load what it compiled ahead of time, and compiles again at every start.
+        os.environ["VLLM_USE_AOT_COMPILE"] = "0"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # By default vLLM leaves a core to its API server; every peer gets the same threads here.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))[: options.threads]))

@@ -21,6 +21,7 @@ PREFILL = Cell("prefill", 1, 256)
 PLAN = Plan(repetitions=3, steps=4, limit=10.0, memory=64 * GIB)
 SETTINGS = {
     "model": "M", "threads": 2, "repetitions": 3, "steps": 4, "limit": 10.0, "machine": "a machine", "date": "today",
+    "load": 0.1,
     "bandwidth": {"1": 10e9, "2": 20e9},
 }  # fmt: skip
 
