@@ -1,0 +1,115 @@
+"""The formats of a layout as tensors that kernels read, and which kernel reads which head."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvfold.kv.format import UNIT, PageFormat, Row, Scale, unit_tokens
+from kvfold.kv.layout import CacheLayout
+from kvfold.kv.packing import STEPS_PER_OCTAVE
+
+RAW, PLANES, GATHER = 0, 1, 2  # how a side's rows are read
+SCALES = {Scale.STATIC: 0, Scale.TOKEN: 1, Scale.CHANNEL: 2, Scale.STEP: 3}
+SIDE_FIELDS = 8
+
+
+@dataclass(frozen=True)
+class SideKind:
+    """What a kernel has to be compiled for.
+
+    kind: RAW: numbers, one token per block; PLANES: static codes of one width in units of 16 tokens; GATHER:
+    everything else, each dimension with its own width. bits: the one width, or 0. scale: of SCALES. full: whether no
+    dimension is dropped.
+    """
+
+    kind: int
+    bits: int
+    scale: int
+    full: bool
+
+    @classmethod
+    def of(cls, fmt: PageFormat, row: Row, padded: int) -> "SideKind":
+        widths = set(row.widths)
+        full = row.kept == padded
+        if fmt.block == 1 and row.raw == row.kept:
+            return cls(RAW, row.raw_bits, 0, full)
+        whole_words = fmt.key_bytes % 4 == 0 and fmt.block_bytes % 4 == 0
+        if row.scale is Scale.STATIC and fmt.block % UNIT == 0 and len(widths) == 1 and not row.raw and whole_words:
+            return cls(PLANES, widths.pop(), 0, full)
+        return cls(GATHER, 0, SCALES[row.scale], full)
+
+
+@dataclass(frozen=True)
+class HeadClass:
+    """KV heads of a layer that one launch serves. heads: int32 [n], on the device."""
+
+    key: SideKind
+    value: SideKind
+    block: int  # tokens that are sealed together
+    heads: Tensor
+
+
+def unsupported(layout: CacheLayout) -> str | None:
+    """Why the kernels cannot serve a layout, or None."""
+    formats = {fmt for layer in layout.far for fmt in layer}
+    if any(row.sums for fmt in formats for row in (fmt.key, fmt.value)):
+        return "products of codes (HACK)"
+    if any(fmt.block != 1 and fmt.block % UNIT for fmt in formats):
+        return f"blocks that are no multiple of {UNIT} tokens"
+    wide = [fmt for fmt in formats if 32 in (*fmt.key.widths, *fmt.value.widths)]
+    if any(fmt.block != 1 or {*fmt.key.widths, *fmt.value.widths} != {32} for fmt in wide):
+        return "32-bit numbers beside codes"
+    near = layout.near
+    if near.key != near.value or near.key.raw != near.head_dim:
+        return "near pages that are not plain numbers"
+    if layout.page_bytes % 4:
+        return "pages that are not whole words"
+    return None
+
+
+class Descriptors:
+    """Device tensors that describe every (layer, KV head) of a layout; a head's index is layer * kv_heads + head.
+
+    pages: int32 [heads, 4], tokens per page, tokens per block, bytes per block, unused.
+    sides: int32 [heads, 2, 8], keys and values: offset in the block, bytes per unit, kept dimensions, offset of the
+    scales in the block, number of scales, dimensions that share one, unused.
+    dims: int32 [heads, 2, padded head_dim, 2]: byte offset in the unit and width in bits (0: dropped).
+    steps: float32 [256], what the byte of a logarithmic step means.
+    """
+
+    def __init__(self, layout: CacheLayout, device: torch.device) -> None:
+        self.near_bits = layout.near.key.raw_bits
+        self.padded = max(16, 1 << (layout.near.head_dim - 1).bit_length())
+        formats = [fmt for layer in layout.far for fmt in layer]
+        known = {fmt: self._described(fmt) for fmt in set(formats)}
+        columns = zip(*(known[fmt] for fmt in formats), strict=True)
+        self.pages, self.sides, self.dims = (torch.stack(column).to(device) for column in columns)
+        self.steps = torch.exp2((torch.arange(256) - 128) / STEPS_PER_OCTAVE).to(device)
+        self.classes = [self._classes(layer, device) for layer in layout.far]
+
+    def _described(self, fmt: PageFormat) -> tuple[Tensor, Tensor, Tensor]:
+        pages = torch.tensor([fmt.capacity, fmt.block, fmt.block_bytes, 0], dtype=torch.int32)
+        sides = torch.zeros(2, SIDE_FIELDS, dtype=torch.int32)
+        dims = torch.zeros(2, self.padded, 2, dtype=torch.int32)
+        unit = unit_tokens(fmt.block)
+        for index, (row, start) in enumerate(((fmt.key, 0), (fmt.value, fmt.key_bytes))):
+            scales = start + row.code_bits * fmt.block // 8
+            group = row.group or max(row.kept, 1)
+            fields = [start, row.code_bits * unit // 8, row.kept, scales, row.scale_count(fmt.block), group]
+            sides[index, : len(fields)] = torch.tensor(fields)
+            for field in row.fields(unit):
+                own = torch.arange(field.stop - field.start)
+                dims[index, field.start : field.stop, 0] = field.offset + own * (field.bits * unit // 8)
+                dims[index, field.start : field.stop, 1] = field.bits
+        return pages, sides, dims
+
+    def _classes(self, layer: tuple[PageFormat, ...], device: torch.device) -> list[HeadClass]:
+        found: dict[tuple[SideKind, SideKind, int], list[int]] = {}
+        for head, fmt in enumerate(layer):
+            key, value = (SideKind.of(fmt, row, self.padded) for row in (fmt.key, fmt.value))
+            found.setdefault((key, value, fmt.block), []).append(head)
+        return [
+            HeadClass(key, value, block, torch.tensor(heads, dtype=torch.int32, device=device))
+            for (key, value, block), heads in found.items()
+        ]

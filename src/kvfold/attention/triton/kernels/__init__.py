@@ -1,0 +1,1 @@
+"""Triton kernels; importing a module of this package imports Triton."""
