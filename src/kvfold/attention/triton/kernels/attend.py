@@ -4,8 +4,16 @@
 import triton
 import triton.language as tl
 
-from kvfold.attention.triton.kernels.rows import PLANES, RAW, bfloat_bits, float_of_bits, gathered_rows, locate
-from kvfold.attention.triton.kernels.rows import plane_rows, raw_rows
+from kvfold.attention.triton.kernels.rows import (
+    PLANES,
+    RAW,
+    bfloat_bits,
+    float_of_bits,
+    gathered_rows,
+    locate,
+    plane_rows,
+    raw_rows,
+)
 
 
 @triton.jit
@@ -13,7 +21,8 @@ def sealed(length, sinks, recent, seal, EXACT: tl.constexpr):
     """`CacheLayout.sealed` of lengths."""
     if EXACT:
         return length
-    return sinks + tl.maximum(length - sinks - recent, 0) // seal * seal
+    else:
+        return sinks + tl.maximum(length - sinks - recent, 0) // seal * seal
 
 
 @triton.jit

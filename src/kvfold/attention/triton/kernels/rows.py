@@ -94,13 +94,13 @@ def gathered_rows(
 
 
 @triton.jit
-def _word(words, halves, at, some, BITS: tl.constexpr, I: tl.constexpr):
-    """Bits 32 I to 32 I + 31 of the streams that begin at byte `at`, 2 BITS bytes each, uint32."""
+def _word(words, halves, at, some, BITS: tl.constexpr, INDEX: tl.constexpr):
+    """Bits from 32 INDEX on of the streams that begin at byte `at`, 2 BITS bytes each, uint32."""
     if BITS % 2 == 0:
-        return tl.load(words + at // 4 + I, mask=some, other=0).to(tl.uint32, bitcast=True)
-    word = tl.load(halves + at // 2 + 2 * I, mask=some, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
-    if 2 * I + 1 < BITS:
-        high = tl.load(halves + at // 2 + 2 * I + 1, mask=some, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return tl.load(words + at // 4 + INDEX, mask=some, other=0).to(tl.uint32, bitcast=True)
+    word = tl.load(halves + at // 2 + 2 * INDEX, mask=some, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    if 2 * INDEX + 1 < BITS:
+        high = tl.load(halves + at // 2 + 2 * INDEX + 1, mask=some, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
         word = word | (high << 16)
     return word
 

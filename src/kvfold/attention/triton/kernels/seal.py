@@ -16,7 +16,8 @@ def _rounded(x, BYTES: tl.constexpr):
     """Float32 rows as near pages give them back."""
     if BYTES == 2:
         return float_of_bits(bfloat_bits(x))
-    return x
+    else:
+        return x
 
 
 @triton.jit
@@ -24,7 +25,8 @@ def _stored(x, BYTES: tl.constexpr):
     """The same as what is stored: int16 bits of bfloat16, or float32."""
     if BYTES == 2:
         return bfloat_bits(x).to(tl.int16)
-    return x
+    else:
+        return x
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def _row_values(
     new, stride_t, near, table, position, ok, start, first, sinks, ring, capacity, page_bytes,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """Rows [16, D] at some positions, float32: from near slots, or, from `start` on, of the new ones. new: at the head."""
+    """Rows [16, D] at some positions, float32: from near slots, or, from `start` on, the new ones of this head."""
     d = tl.arange(0, D)
     fresh = ok & (position >= start)
     at = new + (first + position - start).to(tl.int64)[:, None] * stride_t + d[None, :]
