@@ -34,8 +34,8 @@ class SideKind:
         full = row.kept == padded
         if fmt.block == 1 and row.raw == row.kept:
             return cls(RAW, row.raw_bits, 0, full)
-        whole_words = fmt.key_bytes % 4 == 0 and fmt.block_bytes % 4 == 0
-        if row.scale is Scale.STATIC and fmt.block % UNIT == 0 and len(widths) == 1 and not row.raw and whole_words:
+        aligned = fmt.key_bytes % 8 == 0 and fmt.block_bytes % 8 == 0
+        if row.scale is Scale.STATIC and fmt.block % UNIT == 0 and len(widths) == 1 and not row.raw and aligned:
             return cls(PLANES, widths.pop(), 0, full)
         return cls(GATHER, 0, SCALES[row.scale], full)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfold.attention.triton.descriptors import GATHER, PLANES, RAW, Descriptors, HeadClass, SideKind
 from kvfold.attention.triton.kernels.attend import attend, merge
+from kvfold.attention.triton.kernels.planes import decode_planes
 from kvfold.attention.triton.kernels.seal import keep, seal
 from kvfold.attention.triton.step import StepData
 from kvfold.kv.layout import CacheLayout
@@ -25,7 +26,8 @@ KERNEL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 class Tuning:
     """Sizes of one program: rows of queries (times heads of a group), keys at once, warps and pipeline stages.
 
-    programs: how many there should be at least, for the choice of the number of splits.
+    programs: how many there should be at least, for the choice of the number of splits. plane_...: the same for codes
+    of one width in decoding, where each warp wants 128 keys.
     """
 
     rows: int = 16
@@ -34,6 +36,9 @@ class Tuning:
     stages: int = 2
     programs: int = 1024
     most_splits: int = 64
+    plane_keys: int = 256
+    plane_warps: int = 2
+    plane_stages: int = 2
 
     def queries(self, group: int) -> int:
         """Queries of one tile."""
@@ -55,7 +60,7 @@ class Launcher:
         self.device = pool.data.device
         self._formats = descriptors
         self._page_bytes = pool.page_bytes
-        kinds = (torch.uint8, torch.int32, torch.int16, torch.bfloat16, torch.float32)
+        kinds = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float32)
         self._pool = {kind: pool.data.view(kind) for kind in kinds}
         self._slots = layout.near_pages * layout.near.capacity
         # A block may be any size that divides what is sealed at once; -1: rows that a step of one token never seals.
@@ -181,23 +186,48 @@ class Launcher:
         window = layout.windows[layer]
         number = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
         for heads in formats.classes[layer]:
-            attend[(len(data.items), len(heads.heads), splits)](
+            planes = splits > 1 and heads.key.kind == heads.value.kind == PLANES
+            products = [KERNEL_DTYPES[_product(side, number)] for side in (heads.key, heads.value)]
+            if planes:
+                decode_planes[(len(data.sequences), len(heads.heads), splits - 1)](
+                    q,
+                    q.stride(0),
+                    q.stride(1),
+                    parts,
+                    part_lses,
+                    tokens,
+                    n_heads,
+                    *(self._pool[kind] for kind in (torch.int32, torch.int16, torch.int64)),
+                    self._page_bytes,
+                    *self._described(layer)[:2],
+                    data.sequences,
+                    *self._tables(layer, data)[3:],
+                    heads.heads,
+                    scale,
+                    UNLIMITED if window is None else window,
+                    *self._rules[:3],
+                    GROUP=group,
+                    HEAD_DIM=head_dim,
+                    D=formats.padded,
+                    M=tuning.padded(group),
+                    N=tuning.plane_keys,
+                    SPLITS=splits - 1,
+                    KEY_BITS=heads.key.bits,
+                    VALUE_BITS=heads.value.bits,
+                    DTYPE=products[0],
+                    num_warps=tuning.plane_warps,
+                    num_stages=tuning.plane_stages,
+                )
+            attend[(len(data.items), len(heads.heads), 1 if planes else splits)](
                 q,
                 k,
                 v,
-                q.stride(0),
-                q.stride(1),
-                k.stride(0),
-                k.stride(1),
-                v.stride(0),
-                v.stride(1),
+                *(x.stride(i) for x in (q, k, v) for i in (0, 1)),
                 parts,
                 part_lses,
                 tokens,
                 n_heads,
-                self._pool[torch.uint8],
-                self._pool[torch.int32],
-                self._pool[torch.int16],
+                *(self._pool[kind] for kind in (torch.uint8, torch.int32, torch.int16, torch.int64)),
                 self._pool[NUMBERS[formats.near_bits]],
                 self._pool[NUMBERS[_raw_bits(heads)]],
                 self._page_bytes,
@@ -215,8 +245,9 @@ class Launcher:
                 HEAD_DIM=head_dim,
                 D=formats.padded,
                 M=tuning.padded(group),
-                N=tuning.keys,
+                N=min(tuning.keys, 32) if GATHER in (heads.key.kind, heads.value.kind) else tuning.keys,
                 SPLITS=splits,
+                FIRST_SPLIT=splits - 1 if planes else 0,
                 EXACT=layout.exact,
                 KEEP_SINKS=layout.keeps_sinks(layer),
                 DECODE=decode,
@@ -230,8 +261,8 @@ class Launcher:
                 VALUE_BITS=heads.value.bits,
                 VALUE_SCALE=heads.value.scale,
                 VALUE_FULL=heads.value.full,
-                KEY_DTYPE=KERNEL_DTYPES[_product(heads.key, number)],
-                VALUE_DTYPE=KERNEL_DTYPES[_product(heads.value, number)],
+                KEY_DTYPE=products[0],
+                VALUE_DTYPE=products[1],
                 NEAR_DTYPE=KERNEL_DTYPES[number],
                 num_warps=tuning.warps,
                 num_stages=tuning.stages,

@@ -79,6 +79,7 @@ def attend(
     pool,  # uint8
     words,  # the pool as int32
     halves,  # as int16
+    longs,  # as int64
     near_numbers,  # as numbers of near pages
     far_numbers,  # as numbers of far pages
     page_bytes,
@@ -109,6 +110,7 @@ def attend(
     M: tl.constexpr,
     N: tl.constexpr,
     SPLITS: tl.constexpr,  # programs that share the rows of one tile of queries; the last has the near ones
+    FIRST_SPLIT: tl.constexpr,  # the others' rows are attended elsewhere
     EXACT: tl.constexpr,
     KEEP_SINKS: tl.constexpr,
     DECODE: tl.constexpr,  # one query per sequence, whose key is in its near slot already
@@ -126,12 +128,12 @@ def attend(
     VALUE_DTYPE: tl.constexpr,
     NEAR_DTYPE: tl.constexpr,
 ):
-    """Grid: (items, heads of the launch, SPLITS). An item is up to M // GROUP queries of one sequence."""
+    """Grid: (items, heads of the launch, SPLITS - FIRST_SPLIT). An item is up to M // GROUP queries of one sequence."""
     QUERIES: tl.constexpr = M // GROUP
     sequence = tl.load(items_ptr + 2 * tl.program_id(0))
     begin = tl.load(items_ptr + 2 * tl.program_id(0) + 1)
     head = tl.load(heads_ptr + tl.program_id(1))
-    split = tl.program_id(2)
+    split = tl.program_id(2) + FIRST_SPLIT
     start = tl.load(sequences_ptr + 4 * sequence)
     count = tl.load(sequences_ptr + 4 * sequence + 1)
     first = tl.load(sequences_ptr + 4 * sequence + 2)
@@ -182,7 +184,9 @@ def attend(
             firsts = tile * N + 16 * tl.arange(0, N // 16)
             unit_base, unit_token, unit_there = locate(firsts, firsts < last, table, pages, page_bytes)
         if KEY_KIND == PLANES:
-            k = plane_rows(words, halves, unit_base, unit_token, unit_there, side, D, KEY_BITS, KEY_FULL, KEY_DTYPE)
+            k = plane_rows(
+                words, halves, longs, unit_base, unit_token, unit_there, side, D, KEY_BITS, KEY_FULL, KEY_DTYPE
+            )
             s = _scores(far_q, k) * (0.5 * size)[:, None]
         else:
             if KEY_KIND == RAW:
@@ -196,7 +200,17 @@ def attend(
         s = tl.where(seen & there[None, :], s, float("-inf"))
         if VALUE_KIND == PLANES:
             v = plane_rows(
-                words, halves, unit_base, unit_token, unit_there, side + 8, D, VALUE_BITS, VALUE_FULL, VALUE_DTYPE
+                words,
+                halves,
+                longs,
+                unit_base,
+                unit_token,
+                unit_there,
+                side + 8,
+                D,
+                VALUE_BITS,
+                VALUE_FULL,
+                VALUE_DTYPE,
             )
             top, total, acc = _absorb(s, v, top, total, acc, 0.5, VALUE_DTYPE)
         else:
@@ -219,10 +233,13 @@ def attend(
             slots = tl.where(split == SPLITS - 1, slots, 0)
         length = start + count if DECODE else start
         slots = tl.minimum(slots, length)
+        oldest = sealed(start + begin + 1, sinks, recent, seal, EXACT)  # that any query here sees near, sinks apart
         near_table = near_ptr + sequence.to(tl.int64) * near_stride_n + head * near_stride_h
         for tile in range(0, tl.cdiv(slots, N)):
             slot = tile * N + n
             keys = held_position(slot, length, sinks, ring)
+            # What was sealed when it came was never written here.
+            keys = tl.where((keys < sinks) | (keys >= oldest), keys, -1)
             page = tl.load(near_table + slot // near_capacity, mask=keys >= 0, other=-1)
             there = (keys >= 0) & (page >= 0)
             base = tl.where(there, page, 0).to(tl.int64) * page_bytes + slot % near_capacity * (
@@ -237,7 +254,6 @@ def attend(
             v = tl.load(at + HEAD_DIM, mask=some, other=0.0)
             top, total, acc = _absorb(s, v, top, total, acc, 1.0, NEAR_DTYPE)
         if not DECODE:
-            oldest = sealed(start + begin + 1, sinks, recent, seal, EXACT)
             if not KEEP_SINKS:
                 oldest = tl.maximum(oldest, start + begin - window + 1)
             recent_tile = tl.maximum(oldest - start, 0) // N

@@ -94,10 +94,8 @@ def gathered_rows(
 
 
 @triton.jit
-def _word(words, halves, at, some, BITS: tl.constexpr, INDEX: tl.constexpr):
-    """Bits from 32 INDEX on of the streams that begin at byte `at`, 2 BITS bytes each, uint32."""
-    if BITS % 2 == 0:
-        return tl.load(words + at // 4 + INDEX, mask=some, other=0).to(tl.uint32, bitcast=True)
+def _pair(halves, at, some, BITS: tl.constexpr, INDEX: tl.constexpr):
+    """Bits from 32 INDEX on of the streams that begin at byte `at`, 2 BITS bytes each, from 16-bit loads, uint32."""
     word = tl.load(halves + at // 2 + 2 * INDEX, mask=some, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
     if 2 * INDEX + 1 < BITS:
         high = tl.load(halves + at // 2 + 2 * INDEX + 1, mask=some, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
@@ -106,68 +104,114 @@ def _word(words, halves, at, some, BITS: tl.constexpr, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _code(w0, w1, w2, w3, BITS: tl.constexpr, J: tl.constexpr, DTYPE: tl.constexpr):
-    """Code J of each stream as 2 * code + 1 - 2^BITS, twice its distance from the middle: exact in DTYPE."""
-    FIRST: tl.constexpr = (J * BITS) // 32
-    OFF: tl.constexpr = (J * BITS) % 32
-    MASK: tl.constexpr = 2**BITS - 1
-    word = w0 if FIRST == 0 else (w1 if FIRST == 1 else (w2 if FIRST == 2 else w3))
-    if OFF + BITS > 32:
-        following = w1 if FIRST == 0 else (w2 if FIRST == 1 else w3)
-        word = (word >> OFF) | (following << (32 - OFF))
-    elif DTYPE == tl.float16 and OFF > 1:
-        word = word >> (OFF - 1)
-    elif DTYPE != tl.float16 and OFF > 0:
+def stream(words, halves, longs, base, token, ok, side, D: tl.constexpr, BITS: tl.constexpr):
+    """The words of units: four uint32 [U, D], of which the first 2 BITS bytes count.
+
+    base, token, ok: of the first rows of units, [U]. Units that are not there are any codes, as are dropped dimensions.
+    """
+    d = tl.arange(0, D)
+    at = (base + tl.load(side) + (token // 16) * tl.load(side + 1))[:, None]
+    some = ok[:, None] & (d < tl.load(side + 2))[None, :]
+    if BITS == 4:  # contiguous, so that threads load 16 bytes
+        both = tl.load(longs + at // 8 + d[None, :], mask=some, other=0).to(tl.uint64, bitcast=True)
+        w0 = both.to(tl.uint32)
+        w1 = (both >> 32).to(tl.uint32)
+        return w0, w1, w0, w0
+    elif BITS == 2:
+        w0 = tl.load(words + at // 4 + d[None, :], mask=some, other=0).to(tl.uint32, bitcast=True)
+        return w0, w0, w0, w0
+    elif BITS % 2 == 0:
+        starts = words + at // 4 + (BITS // 2) * d[None, :]
+        w0 = tl.load(starts, mask=some, other=0).to(tl.uint32, bitcast=True)
+        w1 = tl.load(starts + 1, mask=some, other=0).to(tl.uint32, bitcast=True)
+        w2 = tl.load(starts + 2, mask=some, other=0).to(tl.uint32, bitcast=True)
+        w3 = w2
+        if BITS == 8:
+            w3 = tl.load(starts + 3, mask=some, other=0).to(tl.uint32, bitcast=True)
+        return w0, w1, w2, w3
+    else:
+        starts = at + (2 * BITS) * d[None, :]
+        w0 = _pair(halves, starts, some, BITS, 0)
+        w1 = w0
+        w2 = w0
+        w3 = w0
+        if BITS > 2:
+            w1 = _pair(halves, starts, some, BITS, 1)
+        if BITS > 4:
+            w2 = _pair(halves, starts, some, BITS, 2)
+        if BITS > 6:
+            w3 = _pair(halves, starts, some, BITS, 3)
+        return w0, w1, w2, w3
+
+
+@triton.jit
+def plane(words, BITS: tl.constexpr, J: tl.constexpr, DTYPE: tl.constexpr):
+    """Code J of each unit and dimension, exact in DTYPE: (2 * code + 1 - 2^BITS) * `plane_scale`.
+
+    That is twice its distance from the middle. In float16 it is left where it is found: in the mantissa of a number
+    between 1024 and 2047 an integer is a float16 at once, without a conversion, and several planes share one shift.
+    """
+    PER: tl.constexpr = 9 // BITS if BITS < 5 else 1  # codes that fit into bits 1 to 9
+    AT: tl.constexpr = 1 + J % PER * BITS if DTYPE == tl.float16 else 0  # where the code is to be found
+    START: tl.constexpr = J * BITS - AT
+    FIRST: tl.constexpr = START // 32 if START >= 0 else 0
+    OFF: tl.constexpr = START - 32 * FIRST
+    MASK: tl.constexpr = (2**BITS - 1) << AT
+    word = words[FIRST]
+    if OFF < 0:
+        word = word << -OFF
+    elif OFF + AT + BITS > 32:
+        word = (word >> OFF) | (words[FIRST + 1] << (32 - OFF))
+    elif OFF > 0:
         word = word >> OFF
     if DTYPE == tl.float16:
-        # In the mantissa of a number between 1024 and 2047 an integer is a float16 at once, without a conversion.
-        if OFF + BITS > 32 or OFF == 0:
-            word = word << 1
-        bits = (word & (2 * MASK)) | 0x6401
-        return bits.to(tl.uint16).to(tl.float16, bitcast=True) - (1025.0 + MASK)
-    return (2 * (word & MASK).to(tl.int32) - MASK).to(DTYPE)
+        bits = (word & MASK) | (0x6400 | (1 << (AT - 1)))
+        return bits.to(tl.uint16).to(tl.float16, bitcast=True) - (1024.0 + (1 << (BITS + AT - 1)))
+    else:
+        return (2 * (word & MASK).to(tl.int32) - MASK).to(DTYPE)
 
 
 @triton.jit
-def _two(w0, w1, w2, w3, BITS: tl.constexpr, J: tl.constexpr, BY: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.join(_code(w0, w1, w2, w3, BITS, J, DTYPE), _code(w0, w1, w2, w3, BITS, J + BY, DTYPE))
+def plane_scale(BITS: tl.constexpr, J: tl.constexpr, DTYPE: tl.constexpr):
+    """What `plane` has multiplied code J by, a power of 2."""
+    PER: tl.constexpr = 9 // BITS if BITS < 5 else 1
+    return float(2 ** (J % PER * BITS)) if DTYPE == tl.float16 else 1.0
 
 
 @triton.jit
-def _four(w0, w1, w2, w3, BITS: tl.constexpr, J: tl.constexpr, BY: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.join(_two(w0, w1, w2, w3, BITS, J, 2 * BY, DTYPE), _two(w0, w1, w2, w3, BITS, J + BY, 2 * BY, DTYPE))
+def _one(words, BITS: tl.constexpr, J: tl.constexpr, DTYPE: tl.constexpr):
+    return (plane(words, BITS, J, DTYPE) * (1.0 / plane_scale(BITS, J, DTYPE))).to(DTYPE)
 
 
 @triton.jit
-def _eight(w0, w1, w2, w3, BITS: tl.constexpr, J: tl.constexpr, BY: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.join(_four(w0, w1, w2, w3, BITS, J, 2 * BY, DTYPE), _four(w0, w1, w2, w3, BITS, J + BY, 2 * BY, DTYPE))
+def _two(words, BITS: tl.constexpr, J: tl.constexpr, BY: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.join(_one(words, BITS, J, DTYPE), _one(words, BITS, J + BY, DTYPE))
+
+
+@triton.jit
+def _four(words, BITS: tl.constexpr, J: tl.constexpr, BY: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.join(_two(words, BITS, J, 2 * BY, DTYPE), _two(words, BITS, J + BY, 2 * BY, DTYPE))
+
+
+@triton.jit
+def _eight(words, BITS: tl.constexpr, J: tl.constexpr, BY: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.join(_four(words, BITS, J, 2 * BY, DTYPE), _four(words, BITS, J + BY, 2 * BY, DTYPE))
 
 
 @triton.jit
 def plane_rows(
-    words, halves, base, token, ok, side, D: tl.constexpr, BITS: tl.constexpr, FULL: tl.constexpr, DTYPE: tl.constexpr
-):
+    words, halves, longs, base, token, ok, side, D: tl.constexpr, BITS: tl.constexpr, FULL: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
     """Static codes of one width, twice their distance from the middle of the range, [16 U, D] in DTYPE.
 
-    base, token, ok: of the first rows of units, [U]. A thread reads the whole stream of a dimension (2 BITS bytes)
-    once and takes its 16 codes from registers. Dropped dimensions are 0 (FULL: there are none); rows that are not
+    base, token, ok: of the first rows of units, [U]. Dropped dimensions are 0 (FULL: there are none); rows that are not
     there are any codes.
     """
-    d = tl.arange(0, D)
-    at = (base + tl.load(side) + (token // 16) * tl.load(side + 1))[:, None] + (2 * BITS) * d[None, :]
-    some = ok[:, None] & (d < tl.load(side + 2))[None, :]
-    w0 = _word(words, halves, at, some, BITS, 0)
-    w1 = w0
-    w2 = w0
-    w3 = w0
-    if BITS > 2:
-        w1 = _word(words, halves, at, some, BITS, 1)
-    if BITS > 4:
-        w2 = _word(words, halves, at, some, BITS, 2)
-    if BITS > 6:
-        w3 = _word(words, halves, at, some, BITS, 3)
-    codes = tl.join(_eight(w0, w1, w2, w3, BITS, 0, 2, DTYPE), _eight(w0, w1, w2, w3, BITS, 1, 2, DTYPE))
+    taken = stream(words, halves, longs, base, token, ok, side, D, BITS)
+    codes = tl.join(_eight(taken, BITS, 0, 2, DTYPE), _eight(taken, BITS, 1, 2, DTYPE))
     codes = tl.reshape(codes, [base.shape[0], D, 16])
     if not FULL:
-        codes = tl.where(some[:, :, None], codes, 0.0).to(DTYPE)
+        kept = tl.arange(0, D) < tl.load(side + 2)
+        codes = tl.where(kept[None, :, None], codes, 0.0).to(DTYPE)
     return tl.reshape(tl.permute(codes, (0, 2, 1)), [base.shape[0] * 16, D])
