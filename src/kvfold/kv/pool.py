@@ -19,12 +19,12 @@ class PoolExhausted(Exception):
     """Fewer free pages than asked for: the caller evicts or preempts and asks again; never reaches a user."""
 
 
-def _memory(size: int) -> Tensor:
+def _memory(size: int, device: torch.device) -> Tensor:
     """Bytes in huge pages of the operating system where it has them: pages of the pool lie scattered, and looking up
     where small ones are takes a kernel longer than reading them. Raises RuntimeError or OSError where there is no room.
     """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8, device=device)
     area = mmap.mmap(-1, size)
     with suppress(OSError):
         area.madvise(mmap.MADV_HUGEPAGE)
@@ -34,13 +34,14 @@ def _memory(size: int) -> Tensor:
 class PagePool:
     """`n_pages` pages of `page_bytes` bytes with reference counts.
 
-    `data` is uint8 [n_pages, page_bytes]; the operating system commits its memory as pages are first written.
+    `data` is uint8 [n_pages, page_bytes] on `device`; the operating system commits a CPU's memory as pages are first
+    written. The bookkeeping stays with the CPU.
     Nothing here looks into a page. Allocation takes the most recently freed pages first (they are warm in cache).
     """
 
-    def __init__(self, n_pages: int, page_bytes: int) -> None:
+    def __init__(self, n_pages: int, page_bytes: int, device: torch.device | str = "cpu") -> None:
         try:
-            flat = _memory(n_pages * page_bytes + SLACK)
+            flat = _memory(n_pages * page_bytes + SLACK, torch.device(device))
         except (RuntimeError, OSError) as error:  # RuntimeError is torch's way to say it
             size = n_pages * page_bytes / 2**30
             raise MemoryLimitError(f"cannot allocate {size:.1f} GiB of KV memory; lower kv_memory") from error
@@ -94,7 +95,8 @@ class PagePool:
 
     def copy(self, source: Pages, target: Pages) -> None:
         """Copies the bytes of pages to other pages."""
-        self.data[torch.from_numpy(target).long()] = self.data[torch.from_numpy(source).long()]
+        to, whence = (torch.from_numpy(pages).long().to(self.data.device) for pages in (target, source))
+        self.data[to] = self.data[whence]
 
     def check_integrity(self, holders: list[Pages]) -> None:
         """Raises AssertionError unless the references are exactly those of `holders` and the rest is free."""

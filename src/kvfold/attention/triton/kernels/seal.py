@@ -85,7 +85,7 @@ def _step_scaled(pool, x, top, base, token, scales, steps, width, ok):
     """Codes of rows with one logarithmic step per token, whose byte is stored."""
     step = tl.max(tl.where(width > 0, tl.math.div_rn(2 * tl.abs(x), tl.maximum(top, 1.0)), 0.0), 1)
     step = tl.maximum(step, 1e-30)
-    byte = tl.minimum(tl.maximum(tl.ceil(STEPS_PER_OCTAVE * tl.log2(step)), -128), 127).to(tl.int32) + 128
+    byte = tl.minimum(tl.maximum(tl.ceil(tl.log2(step) * STEPS_PER_OCTAVE), -128), 127).to(tl.int32) + 128
     tl.store(pool + base + scales + token, byte.to(tl.uint8), mask=ok)
     return tl.math.div_rn(x, tl.load(steps + byte)[:, None]) + top * 0.5
 
