@@ -15,10 +15,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
-from kvfold.attention.base import SequenceStep
+pytest.importorskip("triton")
+
+from kvfold.attention.base import Plan, SequenceStep
 from kvfold.attention.reference import ReferenceBackend, ReferencePlan
 from kvfold.attention.triton import triton_backend
 from kvfold.attention.triton.backend import TritonBackend
+from kvfold.attention.triton.graph import DecodeGraphs
 from kvfold.attention.triton.launch import Tuning
 from kvfold.errors import ConfigError
 from kvfold.kv.format import PageFormat, Row, Scale, Segment, raw_format
@@ -156,6 +159,43 @@ def test_long_sequences_are_split_and_merged(kind: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kind", ["dense", "planes 4 and 4", "planes 8 and 3", "mixed", "kivi"])
 def test_bfloat16(kind: str) -> None:
     compare(layout_of(kind, 1), 4, [[100], [1], [5]], dtype=torch.bfloat16, tolerance=2e-2, triton_from=1)
+
+
+def test_standing_steps_of_graphs() -> None:
+    """Batches that shrink and grow, rounded up to a power of 2, in tables that are updated in place."""
+    layout = layout_of("planes 4 and 4", 1)
+    mine, reference = (Cache(backend, layout, 3) for backend in (BACKEND, ReferenceBackend()))
+    generator = torch.Generator().manual_seed(0)
+
+    def inputs(tokens: int) -> list[Tensor]:
+        return [torch.randn(tokens, n, D, generator=generator) for n in (2, 1, 1)]
+
+    prompt = inputs(40 + 60 + 9)
+    for cache in (mine, reference):
+        cache.step([40, 60, 9], *prompt)
+    q, k, v = (torch.zeros(4, n, D, device=DEVICE) for n in (2, 1, 1))
+
+    def forward(token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        rows = slice(0, len(token_ids))
+        return plan.attend(0, q[rows], k[rows], v[rows])[0]
+
+    graphs = DecodeGraphs(BACKEND, mine.pool, layout, 0.4, forward)
+    for members in ([0, 1, 2], [0, 2], [2], [0, 1, 2], [0, 1, 2]):
+        new = inputs(len(members))
+        for held, x in zip((q, k, v), new, strict=True):
+            held[: len(members)] = x.to(DEVICE)
+        expected, _ = reference.step([int(i in members) for i in range(3)], *new)
+        steps = []
+        for row_index, member in enumerate(members):
+            tables = mine.tables[member]
+            tables.reserve(mine.pool, tables.length + 1)
+            steps.append(SequenceStep(tables, row_index, 1))
+        positions = torch.tensor([step.tables.length for step in steps])
+        got = graphs.run(steps, torch.zeros_like(positions), positions)
+        np.testing.assert_allclose(got.cpu(), expected, rtol=2e-5, atol=2e-5)
+        for step in steps:
+            step.tables.advance(mine.pool, step.tables.length + 1)
+    assert torch.equal(mine.pool.data.cpu(), reference.pool.data)
 
 
 def test_float32_caches() -> None:

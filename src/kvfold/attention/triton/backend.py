@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class TritonBackend:
 
     decode: Tuning = DECODE
     prefill: Tuning = PREFILL
-    _launchers: "WeakKeyDictionary[CacheLayout, tuple[PagePool, Launcher]]" = field(default_factory=WeakKeyDictionary)
+    _launchers: "dict[int, tuple[ref[PagePool], ref[CacheLayout], Launcher]]" = field(default_factory=dict)
 
     def plan(
         self, pool: PagePool, layout: CacheLayout | StagedLayout, steps: Sequence[SequenceStep[Any]], scale: float
@@ -41,42 +41,58 @@ class TritonBackend:
                     f"the triton backend does not know {reason}; choose another method or run it on the CPU"
                 )
             return ReferenceBackend().plan(pool, layout, steps, scale)
-        return TritonPlan(self.launcher(pool, layout), steps, scale, self.decode, self.prefill)
+        launcher = self.launcher(pool, layout)
+        parts = []
+        for decode, tuning in ((True, self.decode), (False, self.prefill)):
+            mine = [step for step in steps if (step.count == 1) is decode]
+            if mine:
+                parts.append(Part(launcher, mine, tuning, decode))
+        return TritonPlan(parts, scale)
 
     def launcher(self, pool: PagePool, layout: CacheLayout) -> Launcher:
         """What is the same in all steps, made once for a layout and a pool."""
-        known = self._launchers.get(layout)
-        if known is None or known[0] is not pool:
-            known = pool, Launcher(pool, layout, Descriptors(layout, pool.data.device))
-            self._launchers[layout] = known
-        return known[1]
+        known = self._launchers.get(id(layout))
+        if known is not None and known[0]() is pool and known[1]() is layout:
+            return known[2]
+        launcher = Launcher(pool, layout, Descriptors(layout, pool.data.device))
+        self._launchers[id(layout)] = ref(pool), ref(layout), launcher
+        return launcher
+
+
+class Part:
+    """Sequences that are served together: those with one new token, or all others."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        steps: Sequence[SequenceStep[Any]],
+        tuning: Tuning,
+        decode: bool,
+        data: StepData | None = None,
+    ) -> None:
+        """data: what the steps are on the device; None: it is made when it is known how many queries a tile has."""
+        self._launcher, self._steps, self._tuning, self._decode, self._data = launcher, steps, tuning, decode, data
+        self._most = max((step.count for step in steps), default=1)
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+        if self._data is None:
+            queries = self._tuning.queries(q.shape[1] // k.shape[1])
+            self._data = StepData.of(self._launcher.layout, self._steps, queries, q.device)
+        tuning, decode, most = self._tuning, self._decode, self._most
+        self._launcher.run(layer, self._data, q, k, v, out, lse, scale=scale, tuning=tuning, decode=decode, most=most)
 
 
 class TritonPlan:
-    """Sequences with one new token go through one launch, all others through another."""
+    """Implements `Plan`."""
 
-    def __init__(
-        self, launcher: Launcher, steps: Sequence[SequenceStep[Any]], scale: float, decode: Tuning, prefill: Tuning
-    ) -> None:
-        self._launcher = launcher
+    def __init__(self, parts: Sequence[Part], scale: float) -> None:
+        self._parts = parts
         self._scale = scale
-        self._tokens = sum(step.count for step in steps)
-        self._parts = []
-        for one, tuning in ((True, decode), (False, prefill)):
-            mine = [step for step in steps if (step.count == 1) is one]
-            if mine:
-                self._parts.append((launcher, mine, tuning, one))
-        self._data: dict[tuple[int, int], StepData] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        for index, (launcher, steps, tuning, one) in enumerate(self._parts):
-            queries = tuning.queries(q.shape[1] // k.shape[1])
-            if (index, queries) not in self._data:
-                self._data[index, queries] = StepData.of(launcher.layout, steps, queries, launcher.device)
-            data = self._data[index, queries]
-            most = max(step.count for step in steps)
-            launcher.run(layer, data, q, k, v, out, lse, scale=self._scale, tuning=tuning, decode=one, most=most)
+        for part in self._parts:
+            part.run(layer, q, k, v, out, lse, self._scale)
         return out, lse

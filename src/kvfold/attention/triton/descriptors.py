@@ -28,6 +28,11 @@ class SideKind:
     scale: int
     full: bool
 
+    @property
+    def centred(self) -> bool:
+        """Whether rows are read as codes around their middle, and as nothing but them and numbers beside them."""
+        return self.kind == PLANES or (self.kind == GATHER and self.scale == SCALES[Scale.STATIC])
+
     @classmethod
     def of(cls, fmt: PageFormat, row: Row, padded: int) -> "SideKind":
         widths = set(row.widths)

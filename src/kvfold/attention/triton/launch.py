@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.attention.triton.descriptors import GATHER, PLANES, RAW, Descriptors, HeadClass, SideKind
+from kvfold.attention.triton.descriptors import GATHER, PLANES, RAW, Descriptors, HeadClass
 from kvfold.attention.triton.kernels.attend import attend, merge
 from kvfold.attention.triton.kernels.planes import decode_planes
 from kvfold.attention.triton.kernels.seal import keep, seal
@@ -19,7 +19,6 @@ from kvfold.kv.pool import PagePool
 UNLIMITED = 2**30  # a window that hides nothing
 NUMBERS = {16: torch.bfloat16, 32: torch.float32}
 STORED = {16: torch.int16, 32: torch.float32}
-KERNEL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Tuning:
         return self.padded(group) // group
 
     def padded(self, group: int) -> int:
-        return max(self.rows, triton.next_power_of_2(group))
+        return max(self.rows, 1 << (group - 1).bit_length())
 
 
 DECODE = Tuning()
@@ -184,10 +183,12 @@ class Launcher:
             part_lses = torch.full((splits, tokens, n_heads), float("-inf"), device=q.device)
         group = n_heads // layout.kv_heads
         window = layout.windows[layer]
-        number = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+        exact = q.dtype == torch.float32
+        number = tl.float32 if exact or triton.knobs.runtime.interpret else tl.bfloat16  # which is not interpreted
         for heads in formats.classes[layer]:
             planes = splits > 1 and heads.key.kind == heads.value.kind == PLANES
-            products = [KERNEL_DTYPES[_product(side, number)] for side in (heads.key, heads.value)]
+            # Codes around their middle are exact in float16 and not in bfloat16.
+            products = [tl.float16 if side.centred and not exact else number for side in (heads.key, heads.value)]
             if planes:
                 decode_planes[(len(data.sequences), len(heads.heads), splits - 1)](
                     q,
@@ -263,7 +264,7 @@ class Launcher:
                 VALUE_FULL=heads.value.full,
                 KEY_DTYPE=products[0],
                 VALUE_DTYPE=products[1],
-                NEAR_DTYPE=KERNEL_DTYPES[number],
+                NEAR_DTYPE=number,
                 num_warps=tuning.warps,
                 num_stages=tuning.stages,
             )
@@ -285,9 +286,3 @@ class Launcher:
 
 def _raw_bits(heads: HeadClass) -> int:
     return max((side.bits for side in (heads.key, heads.value) if side.kind == RAW), default=16)
-
-
-def _product(side: SideKind, number: torch.dtype) -> torch.dtype:
-    """What rows are multiplied in: codes around their middle are exact in float16 and not in bfloat16."""
-    static = side.kind == PLANES or (side.kind == GATHER and side.scale == 0)
-    return torch.float16 if static and number != torch.float32 else number
