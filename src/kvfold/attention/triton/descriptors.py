@@ -20,7 +20,7 @@ class SideKind:
 
     kind: RAW: numbers, one token per block; PLANES: static codes of one width in units of 16 tokens; GATHER:
     everything else, each dimension with its own width. bits: the one width, or 0. scale: of SCALES. full: whether no
-    dimension is dropped.
+    dimension is dropped (where rows are numbers: of neither side).
     """
 
     kind: int
@@ -38,7 +38,8 @@ class SideKind:
         widths = set(row.widths)
         full = row.kept == padded
         if fmt.block == 1 and row.raw == row.kept:
-            return cls(RAW, row.raw_bits, 0, full)
+            both = fmt.key.kept == fmt.value.kept == padded and fmt.page_bytes % 16 == 0
+            return cls(RAW, row.raw_bits, 0, both)
         aligned = fmt.key_bytes % 8 == 0 and fmt.block_bytes % 8 == 0
         if row.scale is Scale.STATIC and fmt.block % UNIT == 0 and len(widths) == 1 and not row.raw and aligned:
             return cls(PLANES, widths.pop(), 0, full)

@@ -190,7 +190,7 @@ def attend(
             s = _scores(far_q, k) * (0.5 * size)[:, None]
         else:
             if KEY_KIND == RAW:
-                k = raw_rows(far_numbers, base, there, side, D, KEY_BITS // 8)
+                k = raw_rows(far_numbers, base, there, side, D, KEY_BITS // 8, KEY_FULL)
             else:
                 k = gathered_rows(pool, base, token, there, side, dims, block, steps_ptr, D, UNIT, KEY_SCALE)
             if KEY_DTYPE == tl.float16:
@@ -215,7 +215,7 @@ def attend(
             top, total, acc = _absorb(s, v, top, total, acc, 0.5, VALUE_DTYPE)
         else:
             if VALUE_KIND == RAW:
-                v = raw_rows(far_numbers, base, there, side + 8, D, VALUE_BITS // 8)
+                v = raw_rows(far_numbers, base, there, side + 8, D, VALUE_BITS // 8, VALUE_FULL)
             else:
                 v = gathered_rows(
                     pool, base, token, there, side + 8, dims + 2 * D, block, steps_ptr, D, UNIT, VALUE_SCALE

@@ -42,11 +42,16 @@ def locate(rows, ok, table, pages, page_bytes):
 
 
 @triton.jit
-def raw_rows(numbers, base, ok, side, D: tl.constexpr, BYTES: tl.constexpr):
-    """Numbers [N, D] of blocks of one token. numbers: the pool as such numbers."""
+def raw_rows(numbers, base, ok, side, D: tl.constexpr, BYTES: tl.constexpr, FULL: tl.constexpr):
+    """Numbers [N, D] of blocks of one token. numbers: the pool as such numbers. FULL: no dimension of the block is
+    dropped, so that rows begin at multiples of 16 bytes."""
     d = tl.arange(0, D)
     at = (base + tl.load(side)) // BYTES
-    some = ok[:, None] & (d < tl.load(side + 2))[None, :]
+    some = ok[:, None]
+    if FULL:
+        at = tl.multiple_of(at, 16 // BYTES)
+    else:
+        some = some & (d < tl.load(side + 2))[None, :]
     return tl.load(numbers + at[:, None] + d[None, :], mask=some, other=0.0)
 
 
