@@ -69,8 +69,8 @@ def unsupported(layout: CacheLayout) -> str | None:
     near = layout.near
     if near.key != near.value or near.key.raw != near.head_dim:
         return "near pages that are not plain numbers"
-    if layout.page_bytes % 4:
-        return "pages that are not whole words"
+    if layout.page_bytes % 8:
+        return "pages whose size is no multiple of 8 bytes"
     return None
 
 

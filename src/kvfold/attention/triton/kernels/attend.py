@@ -61,7 +61,9 @@ def _sees(keys, pos, window, sinks, KEEP_SINKS: tl.constexpr):
     return (key >= 0) & (key <= pos[:, None]) & inside
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "near_stride_n", "far_stride_n", "window", "near_slots", "splits", "first_split"]
+)
 def attend(
     q_ptr,  # [T, H, D]
     k_ptr,  # [T, G, D], new rows
@@ -72,8 +74,8 @@ def attend(
     k_strides_h,
     v_strides_t,
     v_strides_h,
-    out_ptr,  # [T, H, D], or float32 [SPLITS, T, H, D]
-    lse_ptr,  # float32 [T, H], or [SPLITS, T, H]
+    out_ptr,  # [T, H, D], or float32 [splits, T, H, D]
+    lse_ptr,  # float32 [T, H], or [splits, T, H]
     tokens,  # T
     n_heads,  # H
     pool,  # uint8
@@ -104,13 +106,14 @@ def attend(
     ring,
     near_slots,  # slots of near pages
     near_capacity,
+    splits,  # programs that share the keys of one tile of queries; the last has the near ones
+    first_split,  # what the others have is attended elsewhere
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,  # padded
     M: tl.constexpr,
     N: tl.constexpr,
-    SPLITS: tl.constexpr,  # programs that share the rows of one tile of queries; the last has the near ones
-    FIRST_SPLIT: tl.constexpr,  # the others' rows are attended elsewhere
+    SPLIT: tl.constexpr,  # whether several programs share one tile of queries
     EXACT: tl.constexpr,
     KEEP_SINKS: tl.constexpr,
     DECODE: tl.constexpr,  # one query per sequence, whose key is in its near slot already
@@ -128,12 +131,12 @@ def attend(
     VALUE_DTYPE: tl.constexpr,
     NEAR_DTYPE: tl.constexpr,
 ):
-    """Grid: (items, heads of the launch, SPLITS - FIRST_SPLIT). An item is up to M // GROUP queries of one sequence."""
+    """Grid: (items, heads of the launch, splits - first_split). An item is up to M // GROUP queries of one sequence."""
     QUERIES: tl.constexpr = M // GROUP
     sequence = tl.load(items_ptr + 2 * tl.program_id(0))
     begin = tl.load(items_ptr + 2 * tl.program_id(0) + 1)
     head = tl.load(heads_ptr + tl.program_id(1))
-    split = tl.program_id(2) + FIRST_SPLIT
+    split = tl.program_id(2) + first_split
     start = tl.load(sequences_ptr + 4 * sequence)
     count = tl.load(sequences_ptr + 4 * sequence + 1)
     first = tl.load(sequences_ptr + 4 * sequence + 2)
@@ -171,8 +174,8 @@ def attend(
     last = tl.where(end > begin, last, 0)
     low = tl.maximum(start + begin - window + 1 - sinks, 0) // N
     high = tl.cdiv(last, N)
-    far_splits: tl.constexpr = SPLITS if EXACT or SPLITS == 1 else SPLITS - 1
-    if SPLITS > 1:
+    if SPLIT:
+        far_splits = splits if EXACT else splits - 1
         each = tl.cdiv(high - low, far_splits)
         low = low + split * each
         high = tl.where(split < far_splits, tl.minimum(high, low + each), low)
@@ -229,8 +232,8 @@ def attend(
     if not EXACT:
         near_q = q.to(NEAR_DTYPE)
         slots = near_slots
-        if SPLITS > 1:
-            slots = tl.where(split == SPLITS - 1, slots, 0)
+        if SPLIT:
+            slots = tl.where(split == splits - 1, slots, 0)
         length = start + count if DECODE else start
         slots = tl.minimum(slots, length)
         oldest = sealed(start + begin + 1, sinks, recent, seal, EXACT)  # that any query here sees near, sinks apart
@@ -278,21 +281,21 @@ def attend(
     lse = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-38)), float("-inf"))
     acc = acc / tl.maximum(total, 1e-38)[:, None]
     at = row * n_heads + q_head
-    if SPLITS > 1:
+    if SPLIT:
         at = at + split.to(tl.int64) * tokens * n_heads
     tl.store(lse_ptr + at, lse, mask=live)
     some = live[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(out_ptr + at[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def merge(
-    parts,  # float32 [SPLITS, rows, HEAD_DIM]
-    part_lses,  # float32 [SPLITS, rows]
+    parts,  # float32 [splits, rows, HEAD_DIM]
+    part_lses,  # float32 [splits, rows]
     out,  # [rows, HEAD_DIM]
     lses,  # float32 [rows]
     rows,
-    SPLITS: tl.constexpr,
+    splits,
     PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -302,12 +305,12 @@ def merge(
     split = tl.arange(0, PADDED)
     d = tl.arange(0, D)
     at = split.to(tl.int64) * rows + row
-    lse = tl.load(part_lses + at, mask=split < SPLITS, other=float("-inf"))
+    lse = tl.load(part_lses + at, mask=split < splits, other=float("-inf"))
     top = tl.max(lse, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp(lse - top)
     total = tl.sum(weight, 0)
-    some = ((split < SPLITS) & (weight > 0))[:, None] & (d < HEAD_DIM)[None, :]
+    some = ((split < splits) & (weight > 0))[:, None] & (d < HEAD_DIM)[None, :]
     part = tl.load(parts + at[:, None] * HEAD_DIM + d[None, :], mask=some, other=0.0)
     joined = tl.sum(part * weight[:, None], 0) / tl.maximum(total, 1e-38)
     tl.store(out + row * HEAD_DIM + d, joined.to(out.dtype.element_ty), mask=d < HEAD_DIM)

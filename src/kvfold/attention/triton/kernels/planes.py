@@ -59,13 +59,13 @@ def _weighted8(acc, p, words, BITS: tl.constexpr, J: tl.constexpr, BY: tl.conste
     return _weighted4(_weighted4(acc, even, words, BITS, J, 2 * BY, DTYPE), odd, words, BITS, J + BY, 2 * BY, DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "far_stride_n", "window", "splits"])
 def decode_planes(
     q_ptr,  # [T, H, D]
     q_strides_t,
     q_strides_h,
-    out_ptr,  # float32 [SPLITS, T, H, HEAD_DIM]
-    lse_ptr,  # float32 [SPLITS, T, H]
+    out_ptr,  # float32 [splits, T, H, HEAD_DIM]
+    lse_ptr,  # float32 [splits, T, H]
     tokens,  # T
     n_heads,  # H
     words,  # the pool as int32
@@ -84,17 +84,17 @@ def decode_planes(
     sinks,
     recent,
     seal,
+    splits,  # programs that share the sealed rows of one sequence and head
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,  # padded
     M: tl.constexpr,
     N: tl.constexpr,  # tokens at once, a multiple of 256
-    SPLITS: tl.constexpr,  # programs that share the sealed rows of one sequence and head
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     DTYPE: tl.constexpr,  # of the products
 ):
-    """Grid: (sequences, heads of the launch, SPLITS). One query per sequence."""
+    """Grid: (sequences, heads of the launch, splits). One query per sequence."""
     UNITS: tl.constexpr = N // 16
     sequence = tl.program_id(0)
     head = tl.load(heads_ptr + tl.program_id(1))
@@ -121,7 +121,7 @@ def decode_planes(
     far = tl.where(count > 0, tl.maximum(start + 1 - sinks - recent, 0) // seal * seal, 0)
     visible = tl.maximum(start - window + 1 - sinks, 0)
     low = visible // N
-    each = tl.cdiv(tl.cdiv(far, N) - low, SPLITS)
+    each = tl.cdiv(tl.cdiv(far, N) - low, splits)
     low = low + split * each
     high = tl.minimum(tl.cdiv(far, N), low + each)
     top = tl.full([M], float("-inf"), tl.float32)

@@ -44,8 +44,8 @@ def _store_half(pool, at, bits, some):
 
 @triton.jit
 def _row_values(
-    new, stride_t, near, table, position, ok, start, first, sinks, ring, capacity, page_bytes,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr, SIDE: tl.constexpr,
+    new, stride_t, near, table, position, ok, start, first, sinks, ring, capacity, page_bytes, side_index,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Rows [16, D] at some positions, float32: from near slots, or, from `start` on, the new ones of this head."""
     d = tl.arange(0, D)
@@ -56,7 +56,7 @@ def _row_values(
     slot = tl.where(position < sinks, position, sinks + (position - sinks) % ring)
     page = tl.load(table + slot // capacity, mask=old, other=-1)
     base = tl.where(old, page, 0).to(tl.int64) * page_bytes + slot % capacity * (2 * HEAD_DIM * BYTES)
-    at = near + (base // BYTES + SIDE * HEAD_DIM)[:, None] + d[None, :]
+    at = near + (base // BYTES + side_index * HEAD_DIM)[:, None] + d[None, :]
     held = tl.load(at, mask=old[:, None] & (d < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
     return tl.where(old[:, None], held, _rounded(rows, BYTES))
 
@@ -118,7 +118,7 @@ def _store_codes(pool, x, codes, top, base, token, start, unit_bytes, offset, wi
             tl.store(pool + first + offset + byte, joined.to(tl.uint8), mask=coded & (size > byte))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["near_stride_n", "far_stride_n", "side_index"])
 def seal(
     new_ptr,  # keys or values [T, G, D] of the batch
     stride_t,
@@ -144,12 +144,12 @@ def seal(
     seal_tokens,
     ring,
     near_capacity,
+    side_index,  # 0: keys, 1: values
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     EXACT: tl.constexpr,
     NEAR_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
-    SIDE: tl.constexpr,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -170,8 +170,8 @@ def seal(
     begin = before + tl.program_id(1) * PER
     if begin < after:
         pages = pages_ptr + 4 * head
-        side = sides_ptr + 16 * head + 8 * SIDE
-        dims = dims_ptr + 4 * D * head + 2 * D * SIDE
+        side = sides_ptr + 16 * head + 8 * side_index
+        dims = dims_ptr + 4 * D * head + 2 * D * side_index
         capacity = tl.load(pages)
         block_bytes = tl.load(pages + 2)
         near_table = near_ptr + sequence.to(tl.int64) * near_stride_n + head * near_stride_h
@@ -192,7 +192,7 @@ def seal(
                 rows = begin + unit * 16 + n
                 x = _row_values(
                     source, stride_t, near_numbers, near_table, rows + sinks, rows < after, start, first, sinks, ring,
-                    near_capacity, page_bytes, HEAD_DIM, D, NEAR_BYTES, SIDE,
+                    near_capacity, page_bytes, side_index, HEAD_DIM, D, NEAR_BYTES,
                 )  # fmt: skip
                 low = tl.minimum(low, tl.min(x, 0))
                 high = tl.maximum(high, tl.max(x, 0))
@@ -201,7 +201,7 @@ def seal(
             ok = rows < after
             x = _row_values(
                 source, stride_t, near_numbers, near_table, rows + sinks, ok, start, first, sinks, ring,
-                near_capacity, page_bytes, HEAD_DIM, D, NEAR_BYTES, SIDE,
+                near_capacity, page_bytes, side_index, HEAD_DIM, D, NEAR_BYTES,
             )  # fmt: skip
             page = tl.load(table + rows // capacity, mask=ok, other=-1)
             ok = ok & (page >= 0)
@@ -230,7 +230,7 @@ def seal(
                 _store_codes(pool, x, codes, top, base, token, tl.load(side), unit_bytes, offset, width, ok, UNIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["near_stride_n"])
 def keep(
     k_ptr,
     v_ptr,
