@@ -10,6 +10,7 @@ from kvfold.kv.layout import CacheLayout
 from kvfold.kv.packing import STEPS_PER_OCTAVE
 
 RAW, PLANES, GATHER = 0, 1, 2  # how a side's rows are read
+FIELD_WIDTHS = 17  # 0 to 16 bits
 SCALES = {Scale.STATIC: 0, Scale.TOKEN: 1, Scale.CHANNEL: 2, Scale.STEP: 3}
 SIDE_FIELDS = 8
 
@@ -53,6 +54,7 @@ class HeadClass:
     key: SideKind
     value: SideKind
     block: int  # tokens that are sealed together
+    fields: bool  # whether the kernel of fields can read these rows
     heads: Tensor
 
 
@@ -81,6 +83,7 @@ class Descriptors:
     sides: int32 [heads, 2, 8], keys and values: offset in the block, bytes per unit, kept dimensions, offset of the
     scales in the block, number of scales, dimensions that share one, unused.
     dims: int32 [heads, 2, padded head_dim, 2]: byte offset in the unit and width in bits (0: dropped).
+    fields: int32 [heads, 2, 17, 4], of each width the first dimension, the one past the last, the offset in the unit.
     steps: float32 [256], what the byte of a logarithmic step means.
     """
 
@@ -90,32 +93,47 @@ class Descriptors:
         formats = [fmt for layer in layout.far for fmt in layer]
         known = {fmt: self._described(fmt) for fmt in set(formats)}
         columns = zip(*(known[fmt] for fmt in formats), strict=True)
-        self.pages, self.sides, self.dims = (torch.stack(column).to(device) for column in columns)
+        self.pages, self.sides, self.dims, self.fields = (torch.stack(column).to(device) for column in columns)
         self.steps = torch.exp2((torch.arange(256) - 128) / STEPS_PER_OCTAVE).to(device)
+        rows = [row for fmt in known if _in_fields(fmt) for row in (fmt.key, fmt.value)]
+        self.widths = sum(1 << bits for bits in {bits for row in rows for bits in row.widths})  # one kernel for all
         self.classes = [self._classes(layer, device) for layer in layout.far]
 
-    def _described(self, fmt: PageFormat) -> tuple[Tensor, Tensor, Tensor]:
+    def _described(self, fmt: PageFormat) -> tuple[Tensor, ...]:
         pages = torch.tensor([fmt.capacity, fmt.block, fmt.block_bytes, 0], dtype=torch.int32)
         sides = torch.zeros(2, SIDE_FIELDS, dtype=torch.int32)
         dims = torch.zeros(2, self.padded, 2, dtype=torch.int32)
+        fields = torch.zeros(2, FIELD_WIDTHS, 4, dtype=torch.int32)
         unit = unit_tokens(fmt.block)
         for index, (row, start) in enumerate(((fmt.key, 0), (fmt.value, fmt.key_bytes))):
             scales = start + row.code_bits * fmt.block // 8
             group = row.group or max(row.kept, 1)
-            fields = [start, row.code_bits * unit // 8, row.kept, scales, row.scale_count(fmt.block), group]
-            sides[index, : len(fields)] = torch.tensor(fields)
+            numbers = [start, row.code_bits * unit // 8, row.kept, scales, row.scale_count(fmt.block), group]
+            sides[index, : len(numbers)] = torch.tensor(numbers)
             for field in row.fields(unit):
                 own = torch.arange(field.stop - field.start)
                 dims[index, field.start : field.stop, 0] = field.offset + own * (field.bits * unit // 8)
                 dims[index, field.start : field.stop, 1] = field.bits
-        return pages, sides, dims
+                if field.bits < FIELD_WIDTHS:
+                    place = torch.tensor([field.start, field.stop, field.offset])
+                    fields[index, field.bits, :3] = place.int()
+        return pages, sides, dims, fields
 
     def _classes(self, layer: tuple[PageFormat, ...], device: torch.device) -> list[HeadClass]:
-        found: dict[tuple[SideKind, SideKind, int], list[int]] = {}
+        found: dict[tuple[SideKind, SideKind, int, bool], list[int]] = {}
         for head, fmt in enumerate(layer):
             key, value = (SideKind.of(fmt, row, self.padded) for row in (fmt.key, fmt.value))
-            found.setdefault((key, value, fmt.block), []).append(head)
+            found.setdefault((key, value, fmt.block, _in_fields(fmt)), []).append(head)
         return [
-            HeadClass(key, value, block, torch.tensor(heads, dtype=torch.int32, device=device))
-            for (key, value, block), heads in found.items()
+            HeadClass(key, value, block, fields, torch.tensor(heads, dtype=torch.int32, device=device))
+            for (key, value, block, fields), heads in found.items()
         ]
+
+
+def _in_fields(fmt: PageFormat) -> bool:
+    """Whether rows are static, in whole units, with all dimensions of one width together."""
+    for row in (fmt.key, fmt.value):
+        bits = [segment.bits for segment in row.segments]
+        if row.scale is not Scale.STATIC or len(set(bits)) < len(bits) or 32 in bits:
+            return False
+    return fmt.block % UNIT == 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfold.attention.triton.descriptors import GATHER, PLANES, RAW, Descriptors, HeadClass
 from kvfold.attention.triton.kernels.attend import attend, merge
+from kvfold.attention.triton.kernels.fields import decode_fields
 from kvfold.attention.triton.kernels.planes import decode_planes
 from kvfold.attention.triton.kernels.seal import keep, seal
 from kvfold.attention.triton.step import StepData
@@ -48,7 +49,7 @@ class Tuning:
 
 
 DECODE = Tuning()
-PREFILL = Tuning(rows=64, keys=64, warps=4, stages=2)
+PREFILL = Tuning(rows=64, keys=64, warps=8, stages=2)
 
 
 class Launcher:
@@ -179,7 +180,7 @@ class Launcher:
         splits = self.splits(data, tuning) if decode else 1
         parts, part_lses = out, lse
         if splits > 1:
-            parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+            parts = torch.zeros((splits, *q.shape), dtype=torch.float32, device=q.device)
             part_lses = torch.full((splits, tokens, n_heads), float("-inf"), device=q.device)
         group = n_heads // layout.kv_heads
         window = layout.windows[layer]
@@ -187,6 +188,7 @@ class Launcher:
         number = tl.float32 if exact or triton.knobs.runtime.interpret else tl.bfloat16  # which is not interpreted
         for heads in formats.classes[layer]:
             planes = splits > 1 and heads.key.kind == heads.value.kind == PLANES
+            fields = splits > 1 and not planes and heads.fields
             # Codes around their middle are exact in float16 and not in bfloat16.
             products = [tl.float16 if side.centred and not exact else number for side in (heads.key, heads.value)]
             if planes:
@@ -219,7 +221,37 @@ class Launcher:
                     num_warps=tuning.plane_warps,
                     num_stages=tuning.plane_stages,
                 )
-            attend[(len(data.items), len(heads.heads), 1 if planes else splits)](
+            elif fields:
+                decode_fields[(len(data.sequences), len(heads.heads), splits - 1)](
+                    q,
+                    q.stride(0),
+                    q.stride(1),
+                    parts,
+                    part_lses,
+                    tokens,
+                    n_heads,
+                    self._pool[torch.int16],
+                    self._page_bytes,
+                    *self._described(layer)[:2],
+                    formats.fields[layer * layout.kv_heads :],
+                    data.sequences,
+                    *self._tables(layer, data)[3:],
+                    heads.heads,
+                    scale,
+                    UNLIMITED if window is None else window,
+                    *self._rules[:3],
+                    splits - 1,
+                    GROUP=group,
+                    HEAD_DIM=head_dim,
+                    D=formats.padded,
+                    M=tuning.padded(group),
+                    N=tuning.plane_keys,
+                    WIDTHS=formats.widths,
+                    DTYPE=products[0],
+                    num_warps=tuning.plane_warps,
+                    num_stages=tuning.plane_stages,
+                )
+            attend[(len(data.items), len(heads.heads), 1 if planes or fields else splits)](
                 q,
                 k,
                 v,
@@ -243,7 +275,7 @@ class Launcher:
                 self._slots,
                 layout.near.capacity,
                 splits,
-                splits - 1 if planes else 0,
+                splits - 1 if planes or fields else 0,
                 GROUP=group,
                 HEAD_DIM=head_dim,
                 D=formats.padded,

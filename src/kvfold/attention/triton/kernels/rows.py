@@ -109,6 +109,22 @@ def _pair(halves, at, some, BITS: tl.constexpr, INDEX: tl.constexpr):
 
 
 @triton.jit
+def pairs(halves, at, some, BITS: tl.constexpr):
+    """Four uint32 of streams that begin at bytes `at`, of which the first 2 BITS bytes count, from 16-bit loads."""
+    w0 = _pair(halves, at, some, BITS, 0)
+    w1 = w0
+    w2 = w0
+    w3 = w0
+    if BITS > 2:
+        w1 = _pair(halves, at, some, BITS, 1)
+    if BITS > 4:
+        w2 = _pair(halves, at, some, BITS, 2)
+    if BITS > 6:
+        w3 = _pair(halves, at, some, BITS, 3)
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def stream(words, halves, longs, base, token, ok, side, D: tl.constexpr, BITS: tl.constexpr):
     """The words of units: four uint32 [U, D], of which the first 2 BITS bytes count.
 
@@ -135,18 +151,7 @@ def stream(words, halves, longs, base, token, ok, side, D: tl.constexpr, BITS: t
             w3 = tl.load(starts + 3, mask=some, other=0).to(tl.uint32, bitcast=True)
         return w0, w1, w2, w3
     else:
-        starts = at + (2 * BITS) * d[None, :]
-        w0 = _pair(halves, starts, some, BITS, 0)
-        w1 = w0
-        w2 = w0
-        w3 = w0
-        if BITS > 2:
-            w1 = _pair(halves, starts, some, BITS, 1)
-        if BITS > 4:
-            w2 = _pair(halves, starts, some, BITS, 2)
-        if BITS > 6:
-            w3 = _pair(halves, starts, some, BITS, 3)
-        return w0, w1, w2, w3
+        return pairs(halves, at + (2 * BITS) * d[None, :], some, BITS)
 
 
 @triton.jit
