@@ -29,7 +29,7 @@ from gpu_cases import Shape
 from gpu_decode import Size, whole_model
 
 from kvfold.attention.triton.backend import TritonBackend
-from kvfold.attention.triton.launch import Tuning
+from kvfold.attention.triton.tuning import Tuning
 
 GIB = 2**30
 

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvfold.attention.base import SequenceStep
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.attention.triton.backend import TritonBackend
-from kvfold.attention.triton.launch import Tuning
+from kvfold.attention.triton.tuning import Tuning
 from kvfold.kv.pool import PagePool
 from kvfold.kv.tables import PageTables
 

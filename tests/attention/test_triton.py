@@ -22,7 +22,7 @@ from kvfold.attention.reference import ReferenceBackend, ReferencePlan
 from kvfold.attention.triton import triton_backend
 from kvfold.attention.triton.backend import TritonBackend
 from kvfold.attention.triton.graph import DecodeGraphs
-from kvfold.attention.triton.launch import Tuning
+from kvfold.attention.triton.tuning import Tuning
 from kvfold.errors import ConfigError
 from kvfold.kv.format import PageFormat, Row, Scale, Segment, raw_format
 from kvfold.kv.layout import CacheLayout

@@ -11,8 +11,9 @@ from torch import Tensor
 from kvfold.attention.base import Plan, SequenceStep
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.attention.triton.descriptors import Descriptors, unsupported
-from kvfold.attention.triton.launch import DECODE, PREFILL, Launcher, Tuning
+from kvfold.attention.triton.launch import Launcher
 from kvfold.attention.triton.step import StepData
+from kvfold.attention.triton.tuning import DECODE, PREFILL, Tuning
 from kvfold.errors import ConfigError
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import PagePool

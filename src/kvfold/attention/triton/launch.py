@@ -1,6 +1,5 @@
 """Launches of the kernels for one layer."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,47 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.attention.triton.descriptors import GATHER, PLANES, RAW, Descriptors, HeadClass
-from kvfold.attention.triton.kernels.attend import attend, merge
+from kvfold.attention.triton.kernels.attend import attend
 from kvfold.attention.triton.kernels.fields import decode_fields
+from kvfold.attention.triton.kernels.merge import merge
 from kvfold.attention.triton.kernels.planes import decode_planes
 from kvfold.attention.triton.kernels.seal import keep, seal
 from kvfold.attention.triton.step import StepData
+from kvfold.attention.triton.tuning import Tuning
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import PagePool
 
 UNLIMITED = 2**30  # a window that hides nothing
 NUMBERS = {16: torch.bfloat16, 32: torch.float32}
 STORED = {16: torch.int16, 32: torch.float32}
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Sizes of one program: rows of queries (times heads of a group), keys at once, warps and pipeline stages.
-
-    programs: how many there should be at least, for the choice of the number of splits. plane_...: the same for codes
-    of one width in decoding, where each warp wants 128 keys.
-    """
-
-    rows: int = 16
-    keys: int = 128
-    warps: int = 4
-    stages: int = 2
-    programs: int = 1024
-    most_splits: int = 64
-    plane_keys: int = 256
-    plane_warps: int = 2
-    plane_stages: int = 2
-
-    def queries(self, group: int) -> int:
-        """Queries of one tile."""
-        return self.padded(group) // group
-
-    def padded(self, group: int) -> int:
-        return max(self.rows, 1 << (group - 1).bit_length())
-
-
-DECODE = Tuning()
-PREFILL = Tuning(rows=64, keys=64, warps=8, stages=2)
 
 
 class Launcher:
@@ -63,7 +34,6 @@ class Launcher:
         kinds = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float32)
         self._pool = {kind: pool.data.view(kind) for kind in kinds}
         self._slots = layout.near_pages * layout.near.capacity
-        # A block may be any size that divides what is sealed at once; -1: rows that a step of one token never seals.
         self._rules = (layout.sinks, layout.recent, layout.seal, max(layout.ring, 1))
 
     def splits(self, data: StepData, tuning: Tuning) -> int:
@@ -191,66 +161,38 @@ class Launcher:
             fields = splits > 1 and not planes and heads.fields
             # Codes around their middle are exact in float16 and not in bfloat16.
             products = [tl.float16 if side.centred and not exact else number for side in (heads.key, heads.value)]
-            if planes:
-                decode_planes[(len(data.sequences), len(heads.heads), splits - 1)](
-                    q,
-                    q.stride(0),
-                    q.stride(1),
-                    parts,
-                    part_lses,
-                    tokens,
-                    n_heads,
-                    *(self._pool[kind] for kind in (torch.int32, torch.int16, torch.int64)),
-                    self._page_bytes,
-                    *self._described(layer)[:2],
-                    data.sequences,
-                    *self._tables(layer, data)[3:],
-                    heads.heads,
-                    scale,
-                    UNLIMITED if window is None else window,
-                    *self._rules[:3],
-                    splits - 1,
-                    GROUP=group,
-                    HEAD_DIM=head_dim,
-                    D=formats.padded,
-                    M=tuning.padded(group),
-                    N=tuning.plane_keys,
-                    KEY_BITS=heads.key.bits,
-                    VALUE_BITS=heads.value.bits,
-                    DTYPE=products[0],
-                    num_warps=tuning.plane_warps,
-                    num_stages=tuning.plane_stages,
-                )
-            elif fields:
-                decode_fields[(len(data.sequences), len(heads.heads), splits - 1)](
-                    q,
-                    q.stride(0),
-                    q.stride(1),
-                    parts,
-                    part_lses,
-                    tokens,
-                    n_heads,
-                    self._pool[torch.int16],
-                    self._page_bytes,
-                    *self._described(layer)[:2],
-                    formats.fields[layer * layout.kv_heads :],
-                    data.sequences,
-                    *self._tables(layer, data)[3:],
-                    heads.heads,
-                    scale,
-                    UNLIMITED if window is None else window,
-                    *self._rules[:3],
-                    splits - 1,
-                    GROUP=group,
-                    HEAD_DIM=head_dim,
-                    D=formats.padded,
-                    M=tuning.padded(group),
-                    N=tuning.plane_keys,
-                    WIDTHS=formats.widths,
-                    DTYPE=products[0],
-                    num_warps=tuning.plane_warps,
-                    num_stages=tuning.plane_stages,
-                )
+            if planes or fields:
+                grid = len(data.sequences), len(heads.heads), splits - 1
+                queries = (q, q.stride(0), q.stride(1), parts, part_lses, tokens, n_heads)
+                tables = (data.sequences, *self._tables(layer, data)[3:], heads.heads)
+                rules = (scale, UNLIMITED if window is None else window, *self._rules[:3], splits - 1)
+                sizes: dict[str, Any] = {
+                    "GROUP": group,
+                    "HEAD_DIM": head_dim,
+                    "D": formats.padded,
+                    "M": tuning.padded(group),
+                    "N": tuning.plane_keys,
+                    "DTYPE": products[0],
+                    "num_warps": tuning.plane_warps,
+                    "num_stages": tuning.plane_stages,
+                }
+                described = self._described(layer)[:2]
+                if planes:
+                    pool = (self._pool[kind] for kind in (torch.int32, torch.int16, torch.int64))
+                    bits = {"KEY_BITS": heads.key.bits, "VALUE_BITS": heads.value.bits}
+                    decode_planes[grid](*queries, *pool, self._page_bytes, *described, *tables, *rules, **bits, **sizes)
+                else:
+                    described += (formats.fields[layer * layout.kv_heads :],)
+                    decode_fields[grid](
+                        *queries,
+                        self._pool[torch.int16],
+                        self._page_bytes,
+                        *described,
+                        *tables,
+                        *rules,
+                        WIDTHS=formats.widths,
+                        **sizes,
+                    )
             attend[(len(data.items), len(heads.heads), 1 if planes or fields else splits)](
                 q,
                 k,
