@@ -155,10 +155,12 @@ class Launcher:
         group = n_heads // layout.kv_heads
         window = layout.windows[layer]
         exact = q.dtype == torch.float32
-        number = tl.float32 if exact or triton.knobs.runtime.interpret else tl.bfloat16  # which is not interpreted
+        interpreted = triton.knobs.runtime.interpret
+        number = tl.float32 if exact or interpreted else tl.bfloat16  # which is not interpreted
+        in_registers = splits > 1 and (interpreted or not exact)  # float32 would not fit
         for heads in formats.classes[layer]:
-            planes = splits > 1 and heads.key.kind == heads.value.kind == PLANES
-            fields = splits > 1 and not planes and heads.fields
+            planes = in_registers and heads.key.kind == heads.value.kind == PLANES
+            fields = in_registers and not planes and heads.fields
             # Codes around their middle are exact in float16 and not in bfloat16.
             products = [tl.float16 if side.centred and not exact else number for side in (heads.key, heads.value)]
             if planes or fields:
