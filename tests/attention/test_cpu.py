@@ -87,6 +87,9 @@ def test_kernels_agree_with_the_reference(
         for (out, lse), (out_r, lse_r) in zip(sequence, reference, strict=True):
             spread = max(float(out_r.float().pow(2).mean().sqrt()), 1e-3)
             wrong, off = (out.float() - out_r.float()) / spread, lse - lse_r
-            # What is left is the rounding of the output, 1/256 of the largest number in it.
-            assert float(wrong.abs().max()) < 0.04
-            assert float(off.abs().max()) < (1e-2 if "vnni" in kernels else 1e-4)  # queries and weights of 14 bits
+            if "vnni" in kernels:  # queries are rounded to 7 bits or 14, weights to 8
+                assert float(wrong.pow(2).mean().sqrt()) < 0.02
+                assert float(off.pow(2).mean().sqrt()) < 0.01
+            # Elsewhere what is left is the rounding of the output, 1/256 of the largest number in it.
+            assert float(wrong.abs().max()) < (0.3 if "vnni" in kernels else 0.04)
+            assert float(off.abs().max()) < (0.1 if "vnni" in kernels else 1e-4)

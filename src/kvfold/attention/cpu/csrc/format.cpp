@@ -26,11 +26,12 @@ void interleave_keys(Quad& quad, const Row& row, int dim, int dims) {
 void interleave_values(Quad& quad, const Row& row, int dim, int dims) {
     for (int byte = 0; byte < 64; ++byte) {
         const int i = byte / 16, half = byte % 16 / 8, token = byte % 8;
-        const int width = i < dims ? row.widths[dim + i] : 8;
+        const int width = i < dims ? row.widths[dim + i] : 1;
         const int start = i < dims ? row.offsets[dim + i] - quad.offset : 0;
         quad.index[byte] = uint8_t(std::min(63, start + half * width + token));
         quad.shift[byte] = uint8_t(token * width);
         quad.mask[byte] = i < dims ? uint8_t((1 << width) - 1) : 0;
+        quad.flip[byte] = width == 8 ? 0x80 : 0;
     }
 }
 

@@ -15,6 +15,7 @@ struct alignas(64) Quad {
     uint8_t index[64];   // byte of the window that each byte of a register comes from
     uint8_t shift[64];   // first bit of each code in its 64-bit lane
     uint8_t mask[64];
+    uint8_t flip[64];    // of values: makes codes of eight bits signed numbers, 128 lower
     int32_t offset;      // of the window in the unit
 };
 
