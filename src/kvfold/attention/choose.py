@@ -7,17 +7,18 @@ from functools import cache
 from kvfold.attention.base import AttentionBackend
 from kvfold.attention.cpu.backend import CpuBackend
 from kvfold.attention.reference import ReferenceBackend
+from kvfold.attention.triton import triton_backend
 from kvfold.errors import ConfigError, KernelsUnavailable
 
 VARIABLE = "KVFOLD_BACKEND"
-NAMES = ("auto", "cpu", "cpu:KERNELS", "reference")
+NAMES = ("auto", "cpu", "cpu:KERNELS", "triton", "reference")
 
 _log = logging.getLogger(__name__)
 
 
 def choose_backend(name: str | None = None) -> AttentionBackend:
     """The backend of this name: `cpu` (compiled kernels, the best for this machine), `cpu:avx2` and the like (those
-    kernels), `reference` (torch), or `auto`: cpu where it was built, else the reference, which is said once.
+    kernels), `triton`, `reference` (torch), or `auto`: cpu where it was built, else the reference, which is said once.
 
     None: what the environment variable KVFOLD_BACKEND says, or auto. Raises ConfigError for other names and
     KernelsUnavailable where kernels were asked for that are not there.
@@ -25,6 +26,8 @@ def choose_backend(name: str | None = None) -> AttentionBackend:
     name = name or os.environ.get(VARIABLE) or "auto"
     if name == "reference":
         return ReferenceBackend()
+    if name == "triton":
+        return triton_backend()
     if name == "auto":
         return _best()
     kind, _, kernels = name.partition(":")
