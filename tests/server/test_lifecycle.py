@@ -135,7 +135,8 @@ def test_request_timeout(start_server: Start) -> None:
     server.wait_idle()
 
 
-def test_full_queue_answers_429(start_server: Start) -> None:
+def test_full_queue_answers_429(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFOLD_BACKEND", "reference")  # the running request is to outlast all that follows
     server = start_server("--max-queue", "2", "--max-sequences", "1")
     streams = [Streaming(server)]
     streams += [
