@@ -42,11 +42,11 @@ class CpuBackend:
     def plan(
         self, pool: PagePool, layout: CacheLayout | StagedLayout, steps: Sequence[SequenceStep[Any]], scale: float
     ) -> Plan:
-        formats = self._formats_of(layout) if isinstance(layout, CacheLayout) else None
-        if formats is None or pool.data.device.type != "cpu":
-            return self._reference.plan(pool, layout, steps, scale)
-        assert isinstance(layout, CacheLayout)
-        return CpuPlan(pool, layout, formats, steps, scale, self._kernels)
+        if isinstance(layout, CacheLayout) and pool.data.device.type == "cpu":
+            formats = self._formats_of(layout)
+            if formats is not None:
+                return CpuPlan(pool, layout, formats, steps, scale, self._kernels)
+        return self._reference.plan(pool, layout, steps, scale)
 
     def _formats_of(self, layout: CacheLayout) -> "_Formats | None":
         if id(layout) not in self._formats:

@@ -65,28 +65,13 @@ void store_row(const Layer& l, int64_t token, int64_t head, const Format& fmt, u
         {l.v, token * l.v_token + head * l.v_head, fmt.value, out + fmt.key_bytes},
     };
     for (const auto& side : sides) {
-        for (int d = 0; d < side.row.kept; ++d) {
-            const float value = l.number(side.x, side.at + d);
-            if (side.row.raw_bits == 16) {
-                const uint16_t half = to_bf16(value);
-                std::memcpy(side.out + 2 * d, &half, 2);
-            } else {
-                std::memcpy(side.out + 4 * d, &value, 4);
-            }
-        }
+        const int bits = side.row.raw_bits;
+        for (int d = 0; d < side.row.kept; ++d) write_raw(side.out + d * bits / 8, bits, l.number(side.x, side.at + d));
     }
 }
 
 void load_row(const Row& row, const uint8_t* data, float* out) {
-    for (int d = 0; d < row.kept; ++d) {
-        if (row.raw_bits == 16) {
-            uint16_t half;
-            std::memcpy(&half, data + 2 * d, 2);
-            out[d] = from_bf16(half);
-        } else {
-            std::memcpy(out + d, data + 4 * d, 4);
-        }
-    }
+    for (int d = 0; d < row.kept; ++d) out[d] = read_raw(data + d * row.raw_bits / 8, row.raw_bits);
 }
 
 // Near rows in the order of their positions: the sinks, then what was recent before this step, then the new tokens.
@@ -188,7 +173,6 @@ class Attention {
         // Runs begin at multiples of their length, so that it does not matter who computes them; behind a window's first
         // page there is nothing.
         if (!fmt.raw()) from = std::max(from / kRun * kRun, from / fmt.capacity * fmt.capacity);
-        runs_.clear();
         for (int64_t row = from; row < to;) {
             const int64_t in_page = row % fmt.capacity, end = std::min(to, row - in_page + fmt.capacity);
             runs_.push_back({l_.far_page(s_, task_.head, row), int(in_page), int(in_page + end - row), row});
@@ -216,7 +200,6 @@ class Attention {
 
     // Near rows of positions [from, to), which lie on one side of the sinks' end.
     void add_positions(int64_t from, int64_t to) {
-        runs_.clear();
         const Format& fmt = l_.near();
         if (band_ && from < to) {
             runs_.push_back({band_->at(l_, from), 0, int(to - from), from});
@@ -231,6 +214,7 @@ class Attention {
         }
     }
 
+    // Meets the runs that were collected, which are done with then.
     void attend(const Format& fmt) {
         if (!runs_.empty()) kernels_.attend(fmt, tile_, runs_.data(), int(runs_.size()), scratch_);
         runs_.clear();
@@ -322,12 +306,16 @@ void attend(const Layer& l) {
     std::vector<Tile> found(static_cast<size_t>(partials));
     std::vector<const Task*> owner(static_cast<size_t>(partials));
     const int n = int(tasks.size());
+    // Where a single token is added, near rows are read where they are.
+    const auto band_of = [&](int64_t step, int64_t head) {
+        return !l.exact && l.steps[step].count > 1 ? &bands[size_t(step * heads + head)] : nullptr;
+    };
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, 1)
         for (int i = 0; i < pairs; ++i) {
             const kvfold_step& s = l.steps[i / heads];
-            Band* band = !l.exact && s.count > 1 ? &bands[size_t(i)] : nullptr;
+            Band* band = band_of(i / heads, i % heads);
             if (band) band->fill(l, s, i % heads);
             store(l, s, i % heads, band);
         }
@@ -339,8 +327,7 @@ void attend(const Layer& l) {
             const Task& task = tasks[size_t(i)];
             const kvfold_step& s = l.steps[task.step];
             load_queries(l, s, task, queries, tile);
-            const Band* band = !l.exact && s.count > 1 ? &bands[size_t(task.step * heads + task.head)] : nullptr;
-            Attention attention(l, task, tile, band, scratch);
+            Attention attention(l, task, tile, band_of(task.step, task.head), scratch);
             attention.far();
             if (task.with_near) attention.near();
             if (task.partial < 0) {

@@ -44,14 +44,6 @@ inline void prefetch(const uint8_t* data, int bytes) {
 
 inline int span_count(const Row& row) { return int(row.spans.size()) - 1; }
 
-inline int span_dim(const Row& row, int span) {
-    return row.raw + span * (row.scale == Scale::Token && row.groups > 1 ? row.kept / row.groups : 0);
-}
-
-inline int span_end(const Row& row, int span) {
-    return row.scale == Scale::Token && row.groups > 1 ? span_dim(row, span + 1) : row.kept;
-}
-
 inline void round_query(const Row& row, const Tile& tile, CodedScratch& w) {
     std::memset(w.query, 0, sizeof(w.query[0]) * row.quads.size());
     for (int m = 0; m < tile.rows; ++m) {
@@ -63,11 +55,11 @@ inline void round_query(const Row& row, const Tile& tile, CodedScratch& w) {
         for (int s = 0; s < span_count(row); ++s) {
             float bias = 0;
             for (int j = row.spans[s]; j < row.spans[s + 1]; ++j) {
-                const int end = std::min(row.quad_dim[j] + 4, span_end(row, s));
-                for (int d = row.quad_dim[j]; d < end; ++d) {
+                for (int i = 0; i < row.quads[j].dims; ++i) {
+                    const int d = row.quads[j].dim + i;
                     const float rounded = std::nearbyint(q[d] / step);
-                    w.query[j][m][0][d - row.quad_dim[j]] = int8_t(int(rounded) >> kQueryDigit);
-                    w.query[j][m][1][d - row.quad_dim[j]] = int8_t(int(rounded) & ((1 << kQueryDigit) - 1));
+                    w.query[j][m][0][i] = int8_t(int(rounded) >> kQueryDigit);
+                    w.query[j][m][1][i] = int8_t(int(rounded) & ((1 << kQueryDigit) - 1));
                     bias += row.scale == Scale::Token ? step * rounded : -step * rounded * row.centre[d];
                 }
             }
@@ -76,10 +68,15 @@ inline void round_query(const Row& row, const Tile& tile, CodedScratch& w) {
     }
 }
 
+// 64 codes out of the bytes at `window`, by the tables of a quad.
+inline __m512i unpacked(const uint8_t* window, __m512i index, __m512i shift, __m512i mask) {
+    const __m512i bytes = _mm512_permutexvar_epi8(index, _mm512_loadu_si512(window));
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, bytes), mask);
+}
+
 inline __m512i codes_of(const Quad& quad, const uint8_t* unit) {
-    const __m512i window = _mm512_loadu_si512(unit + quad.offset);
-    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(quad.index), window);
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_load_si512(quad.shift), bytes), _mm512_load_si512(quad.mask));
+    return unpacked(unit + quad.offset, _mm512_load_si512(quad.index), _mm512_load_si512(quad.shift),
+                    _mm512_load_si512(quad.mask));
 }
 
 inline __m512i four_digits(const int8_t (&digits)[4]) {
@@ -135,7 +132,7 @@ void key_products(const Row& row, int block, const Tile& tile, int unit, CodedSc
             }
         }
     }
-    if (!spans || row.spans[spans] == 0)
+    if (row.quads.empty())
         for (int m = 0; m < M; ++m) std::memset(w.score[m] + kUnit * unit, 0, 4 * kUnit * U);
     for (int d = 0; d < row.raw; ++d) {
         for (int u = 0; u < U; ++u) {
@@ -209,9 +206,8 @@ void value_products(const Row& row, int span, int quad, int units, CodedScratch&
     for (int u = 0; u < units; ++u) {
         __m512i codes[Q];
         for (int q = 0; q < Q; ++q) {
-            const __m512i bytes = _mm512_permutexvar_epi8(index[q], _mm512_loadu_si512(w.units[u].value + offset[q]));
-            const __m512i fields = _mm512_multishift_epi64_epi8(shift[q], bytes);
-            codes[q] = _mm512_xor_si512(_mm512_and_si512(fields, mask[q]), flip[q]);
+            const __m512i stored = unpacked(w.units[u].value + offset[q], index[q], shift[q], mask[q]);
+            codes[q] = _mm512_xor_si512(stored, flip[q]);
         }
         for (int digit = 0; digit < 2; ++digit) {
             for (int m = 0; m < M; ++m) {
@@ -259,14 +255,7 @@ void add_units(const Format& fmt, Tile& tile, int64_t number, int units, CodedSc
             key_products<M, 1>(fmt.key, fmt.block, tile, unit, w);
     }
     for (int m = 0; m < M; ++m) {
-        const float here = weights(tile, m, number, units, w.score[m]);
-        const float most = std::max(tile.most[m], here);
-        w.shrink[m] = tile.most[m] == kNone ? 0.f : exp2_one(tile.most[m] - most);
-        w.worth[m] = here == kNone ? 0.f : exp2_one(here - most);
-        tile.most[m] = most;
-        __m512 sum = _mm512_setzero_ps();
-        for (int u = 0; u < units; ++u) sum = _mm512_add_ps(sum, _mm512_load_ps(w.score[m] + kUnit * u));
-        tile.sum[m] = tile.sum[m] * w.shrink[m] + _mm512_reduce_add_ps(sum) * w.worth[m];
+        absorb(tile, m, number, units, w.score[m], w.shrink[m], w.worth[m]);
         raw_values(fmt.value, units, m, w);
     }
     for (int s = 0; s < span_count(fmt.value); ++s) {
@@ -284,9 +273,9 @@ inline void collect(const Row& row, Tile& tile, const CodedScratch& w) {
         for (int d = 0; d < row.raw; ++d) tile.out[m][d] = w.raw[m][d];
         for (int s = 0; s < span_count(row); ++s) {
             for (int j = row.spans[s]; j < row.spans[s + 1]; ++j) {
-                const int end = std::min(row.quad_dim[j] + 4, span_end(row, s));
-                for (int d = row.quad_dim[j]; d < end; ++d) {
-                    const float* lanes = w.sums[m][j] + 4 * (d - row.quad_dim[j]);
+                for (int i = 0; i < row.quads[j].dims; ++i) {
+                    const int d = row.quads[j].dim + i;
+                    const float* lanes = w.sums[m][j] + 4 * i;
                     const float found = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
                     const float zero = (row.widths[d] == 8 ? 128.f : 0.f) - (row.scale == Scale::Token ? 0.f : row.centre[d]);
                     tile.out[m][d] = found + zero * w.total[m][s] + w.lows[m][s];

@@ -92,9 +92,7 @@ void encode(const Row& row, int block, int dim, const float* x, uint8_t* out) {
     for (int first = 0; first < block; first += unit_tokens) {
         for (int d = 0; d < row.raw; ++d) {
             for (int t = first; t < first + unit_tokens; ++t) {
-                const float value = x[t * dim + d];
-                const uint16_t half = to_bf16(value);
-                std::memcpy(out, row.raw_bits == 16 ? static_cast<const void*>(&half) : &value, row.raw_bits / 8);
+                write_raw(out, row.raw_bits, x[t * dim + d]);
                 out += row.raw_bits / 8;
             }
         }

@@ -6,31 +6,31 @@ namespace kvfold {
 namespace {
 
 // Keys are multiplied four dimensions of one token at a time: byte 4 t + i of the register is token t of dimension i.
-void interleave_keys(Quad& quad, const Row& row, int dim, int dims) {
+void interleave_keys(Quad& quad, const Row& row) {
     for (int byte = 0; byte < 64; ++byte) {
         const int lane = byte / 8, i = byte % 4, token = byte / 4;
         // A lane holds two tokens; two bytes of each dimension contain both of its codes.
         for (int half = 0; half < 2; ++half) {
-            const bool there = i < dims;
-            const int width = there ? row.widths[dim + i] : 8;
-            const int start = there ? row.offsets[dim + i] - quad.offset : 0;
+            const bool there = i < quad.dims;
+            const int width = there ? row.widths[quad.dim + i] : 8;
+            const int start = there ? row.offsets[quad.dim + i] - quad.offset : 0;
             quad.index[8 * lane + 2 * i + half] = uint8_t(std::min(63, start + 2 * lane * width / 8 + half));
         }
-        const int width = i < dims ? row.widths[dim + i] : 8;
+        const int width = i < quad.dims ? row.widths[quad.dim + i] : 8;
         quad.shift[byte] = uint8_t(16 * i + 2 * lane * width % 8 + (token % 2) * width);
-        quad.mask[byte] = i < dims ? uint8_t((1 << width) - 1) : 0;
+        quad.mask[byte] = i < quad.dims ? uint8_t((1 << width) - 1) : 0;
     }
 }
 
 // Values are multiplied four tokens of one dimension at a time: byte 16 i + t is token t of dimension i.
-void interleave_values(Quad& quad, const Row& row, int dim, int dims) {
+void interleave_values(Quad& quad, const Row& row) {
     for (int byte = 0; byte < 64; ++byte) {
         const int i = byte / 16, half = byte % 16 / 8, token = byte % 8;
-        const int width = i < dims ? row.widths[dim + i] : 1;
-        const int start = i < dims ? row.offsets[dim + i] - quad.offset : 0;
+        const int width = i < quad.dims ? row.widths[quad.dim + i] : 1;
+        const int start = i < quad.dims ? row.offsets[quad.dim + i] - quad.offset : 0;
         quad.index[byte] = uint8_t(std::min(63, start + half * width + token));
         quad.shift[byte] = uint8_t(token * width);
-        quad.mask[byte] = i < dims ? uint8_t((1 << width) - 1) : 0;
+        quad.mask[byte] = i < quad.dims ? uint8_t((1 << width) - 1) : 0;
         quad.flip[byte] = width == 8 ? 0x80 : 0;
     }
 }
@@ -64,11 +64,11 @@ Row make_row(const int32_t*& words, int block, bool key) {
     for (int start = row.raw; start < row.kept; start += size) {
         for (int dim = start; dim < start + size; dim += 4) {
             Quad quad;
-            const int dims = std::min(4, start + size - dim);
             quad.offset = row.offsets[dim];
-            (key ? interleave_keys : interleave_values)(quad, row, dim, dims);
+            quad.dim = dim;
+            quad.dims = std::min(4, start + size - dim);
+            (key ? interleave_keys : interleave_values)(quad, row);
             row.quads.push_back(quad);
-            row.quad_dim.push_back(dim);
         }
         row.spans.push_back(int(row.quads.size()));
     }

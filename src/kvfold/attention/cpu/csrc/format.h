@@ -17,6 +17,7 @@ struct alignas(64) Quad {
     uint8_t mask[64];
     uint8_t flip[64];    // of values: makes codes of eight bits signed numbers, 128 lower
     int32_t offset;      // of the window in the unit
+    int32_t dim, dims;   // the first dimension, and how many there are: a group may end before the fourth
 };
 
 struct Row {
@@ -29,7 +30,6 @@ struct Row {
     int unit_bytes = 0;             // codes of one unit
     int scales = 0;                 // byte offset of the scales from the start of the row's part of a block
     std::vector<Quad> quads;        // coded dimensions, four at a time; a group begins a new one
-    std::vector<int32_t> quad_dim;  // first dimension of each
     std::vector<int32_t> spans;     // quads [spans[i], spans[i + 1]) share their scales
     bool fast = false;              // whether the vector kernels take it
 
@@ -41,7 +41,6 @@ struct Format {
     int page_bytes, head_dim, block, capacity, key_bytes, block_bytes;
     Row key, value;
     bool raw() const { return block == 1; }
-    int units() const { return block / kUnit; }
 };
 
 // `words`: page_bytes, head_dim, block, then key and value as (scale, groups, kept, widths...).

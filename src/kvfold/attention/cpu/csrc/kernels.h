@@ -77,6 +77,26 @@ static inline uint16_t to_bf16(float value) {
     return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+// An uncompressed number of 16 or 32 bits.
+static inline float read_raw(const uint8_t* data, int bits) {
+    float value;
+    uint16_t half;
+    if (bits == 32) {
+        __builtin_memcpy(&value, data, 4);
+        return value;
+    }
+    __builtin_memcpy(&half, data, 2);
+    return from_bf16(half);
+}
+
+static inline void write_raw(uint8_t* data, int bits, float value) {
+    const uint16_t half = to_bf16(value);
+    if (bits == 32)
+        __builtin_memcpy(data, &value, 4);
+    else
+        __builtin_memcpy(data, &half, 2);
+}
+
 static inline float from_f16(uint16_t x) {
     const uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = x >> 10 & 31, fraction = x & 0x3ff;
     if (exponent == 0) return (sign ? -1.f : 1.f) * float(fraction) * 0x1p-24f;

@@ -25,17 +25,6 @@ void unpack(const uint8_t* data, int width, float* out) {
     }
 }
 
-float number(const uint8_t* data, int bits) {
-    if (bits == 16) {
-        uint16_t x;
-        std::memcpy(&x, data, 2);
-        return from_bf16(x);
-    }
-    float x;
-    std::memcpy(&x, data, 4);
-    return x;
-}
-
 float half_at(const uint8_t* data) {
     uint16_t x;
     std::memcpy(&x, data, 2);
@@ -52,7 +41,7 @@ void decode(const Row& row, int block, const uint8_t* data, int unit, Numbers& o
     for (int d = 0; d < row.kept; ++d) {
         float* numbers = out[d];
         if (d < row.raw) {
-            for (int t = 0; t < kUnit; ++t) numbers[t] = number(codes + row.offsets[d] + t * row.raw_bits / 8, row.raw_bits);
+            for (int t = 0; t < kUnit; ++t) numbers[t] = read_raw(codes + row.offsets[d] + t * row.raw_bits / 8, row.raw_bits);
             continue;
         }
         unpack(codes + row.offsets[d], row.widths[d], numbers);
@@ -120,9 +109,9 @@ void raw_tokens(const Format& fmt, const uint8_t* data, int tokens, Numbers& key
     for (int t = 0; t < kUnit; ++t, data += fmt.block_bytes) {
         const bool there = t < tokens;
         for (int d = 0; d < fmt.key.kept; ++d)
-            keys[d][t] = there ? number(data + d * fmt.key.raw_bits / 8, fmt.key.raw_bits) : 0;
+            keys[d][t] = there ? read_raw(data + d * fmt.key.raw_bits / 8, fmt.key.raw_bits) : 0;
         for (int d = 0; d < fmt.value.kept; ++d)
-            values[d][t] = there ? number(data + fmt.key_bytes + d * fmt.value.raw_bits / 8, fmt.value.raw_bits) : 0;
+            values[d][t] = there ? read_raw(data + fmt.key_bytes + d * fmt.value.raw_bits / 8, fmt.value.raw_bits) : 0;
     }
 }
 

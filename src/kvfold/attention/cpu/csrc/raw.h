@@ -149,15 +149,8 @@ void add_tokens(const Format& fmt, Tile& tile, int64_t number, RawTokens tokens,
     for (int m = 0; m < M; ++m) {
         const int64_t end = tile.last[m];
         tile.last[m] = std::min(end, number + tokens.count);
-        const float here = weights(tile, m, number, groups, w.score[m]);
+        absorb(tile, m, number, groups, w.score[m], w.shrink[m], w.worth[m]);
         tile.last[m] = end;
-        const float most = std::max(tile.most[m], here);
-        w.shrink[m] = tile.most[m] == kNone ? 0.f : exp2_one(tile.most[m] - most);
-        w.worth[m] = here == kNone ? 0.f : exp2_one(here - most);
-        tile.most[m] = most;
-        __m512 sum = _mm512_setzero_ps();
-        for (int g = 0; g < groups; ++g) sum = _mm512_add_ps(sum, _mm512_load_ps(w.score[m] + 16 * g));
-        tile.sum[m] = tile.sum[m] * w.shrink[m] + _mm512_reduce_add_ps(sum) * w.worth[m];
         pair_weights(w.score[m], 16 * groups, w.weight[m]);
     }
     tokens.data += fmt.key_bytes;

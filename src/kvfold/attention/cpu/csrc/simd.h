@@ -2,6 +2,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace kvfold {
@@ -51,6 +53,19 @@ inline float weights(const Tile& tile, int m, int64_t number, int groups, float*
     for (int u = 0; u < groups; ++u)
         _mm512_store_ps(scores + 16 * u, exp2_ps(_mm512_sub_ps(_mm512_load_ps(scores + 16 * u), base)));
     return most;
+}
+
+// One step of the online softmax: turns the scores of `groups` times 16 rows into weights and adds them to the tile's
+// sum. shrink: what all that was found before is worth now; worth: a weight of these rows.
+inline void absorb(Tile& tile, int m, int64_t number, int groups, float* scores, float& shrink, float& worth) {
+    const float here = weights(tile, m, number, groups, scores);
+    const float most = std::max(tile.most[m], here);
+    shrink = tile.most[m] == kNone ? 0.f : exp2_one(tile.most[m] - most);
+    worth = here == kNone ? 0.f : exp2_one(here - most);
+    tile.most[m] = most;
+    __m512 sum = _mm512_setzero_ps();
+    for (int u = 0; u < groups; ++u) sum = _mm512_add_ps(sum, _mm512_load_ps(scores + 16 * u));
+    tile.sum[m] = tile.sum[m] * shrink + _mm512_reduce_add_ps(sum) * worth;
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kvfold.attention.triton.kernels.planes import REACH
-from kvfold.attention.triton.kernels.rows import float_of_bits, locate, pairs, plane, plane_scale
+from kvfold.attention.triton.kernels.rows import float_of_bits, locate, pairs, plane, plane_scale, share_of_far
 
 QUERY_REACH = tl.constexpr(2.0**10)  # what queries of at most 1 are multiplied by, for the same reason
 
@@ -151,12 +151,7 @@ def decode_fields(
     size = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
     out_at = split.to(tl.int64) * tokens * n_heads + row * n_heads + q_head
 
-    far = tl.where(count > 0, tl.maximum(start + 1 - sinks - recent, 0) // seal * seal, 0)
-    visible = tl.maximum(start - window + 1 - sinks, 0)
-    low = visible // N
-    each = tl.cdiv(tl.cdiv(far, N) - low, splits)
-    low = low + split * each
-    high = tl.minimum(tl.cdiv(far, N), low + each)
+    far, visible, low, high = share_of_far(start, count, window, sinks, recent, seal, split, splits, N)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     for tile in range(low, high):

@@ -9,7 +9,7 @@ different planes are joined for the softmax and split again, in registers, for t
 import triton
 import triton.language as tl
 
-from kvfold.attention.triton.kernels.rows import locate, plane, plane_scale, stream
+from kvfold.attention.triton.kernels.rows import locate, plane, plane_scale, share_of_far, stream
 
 REACH = tl.constexpr(2.0**13)  # weights are at most 1 and float16 is finest far above the smallest number
 
@@ -118,12 +118,7 @@ def decode_planes(
     q = (q / size[:, None]).to(DTYPE)
     size = 0.5 * size  # a plane holds twice the distance from the middle
 
-    far = tl.where(count > 0, tl.maximum(start + 1 - sinks - recent, 0) // seal * seal, 0)
-    visible = tl.maximum(start - window + 1 - sinks, 0)
-    low = visible // N
-    each = tl.cdiv(tl.cdiv(far, N) - low, splits)
-    low = low + split * each
-    high = tl.minimum(tl.cdiv(far, N), low + each)
+    far, visible, low, high = share_of_far(start, count, window, sinks, recent, seal, split, splits, N)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)

@@ -42,6 +42,18 @@ def locate(rows, ok, table, pages, page_bytes):
 
 
 @triton.jit
+def share_of_far(start, count, window, sinks, recent, seal, split, splits, N: tl.constexpr):
+    """What one of `splits` programs reads for the query at position `start`: sealed rows there are, the first that it
+    sees, and the tiles of N rows [low, high)."""
+    far = tl.where(count > 0, tl.maximum(start + 1 - sinks - recent, 0) // seal * seal, 0)
+    visible = tl.maximum(start - window + 1 - sinks, 0)
+    low = visible // N
+    each = tl.cdiv(tl.cdiv(far, N) - low, splits)
+    low = low + split * each
+    return far, visible, low, tl.minimum(tl.cdiv(far, N), low + each)
+
+
+@triton.jit
 def raw_rows(numbers, base, ok, side, D: tl.constexpr, BYTES: tl.constexpr, FULL: tl.constexpr):
     """Numbers [N, D] of blocks of one token. numbers: the pool as such numbers. FULL: no dimension of the block is
     dropped, so that rows begin at multiples of 16 bytes."""
