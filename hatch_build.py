@@ -6,7 +6,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SCRIPT = Path(__file__).parent / "src/kvfold/attention/cpu/build.py"
+SCRIPT = Path(__file__).parent / "src/kvfold/native/build.py"
 
 
 class KernelsHook(BuildHookInterface):

@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-import kvfold.attention.cpu.library as library
+import kvfold.native.library as library
 from kvfold.attention.cpu.backend import CpuBackend
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.errors import KernelsUnavailable

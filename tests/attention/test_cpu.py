@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfold.attention.cpu.backend import CpuBackend
-from kvfold.attention.cpu.library import supported
+from kvfold.attention.cpu.calls import supported
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.errors import KernelsUnavailable
 from kvfold.kv.format import PageFormat, Row, Scale, Segment, raw_format

@@ -9,20 +9,19 @@ from pathlib import Path
 import pytest
 
 import kvfold.attention.choose as choose
-import kvfold.attention.cpu.backend as backend
-import kvfold.attention.cpu.library as library
+import kvfold.attention.cpu.calls as calls
+import kvfold.native.library as library
 from kvfold.attention.cpu.backend import CpuBackend
-from kvfold.attention.cpu.build import BuildError, build
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.errors import ConfigError, KernelsUnavailable
 from kvfold.kv.format import PageFormat, Row, Scale, Segment
+from kvfold.native.build import BuildError, build
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is loaded or chosen yet, and nothing that this test loads is kept."""
     monkeypatch.setattr(library, "library", library.library.__wrapped__)
-    monkeypatch.setattr(backend, "library", library.library)
     monkeypatch.setattr(choose, "_best", choose._best.__wrapped__)
     monkeypatch.delenv(choose.VARIABLE, raising=False)
 
@@ -32,7 +31,6 @@ def test_without_kernels_torch_serves_and_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
-    monkeypatch.setattr(backend, "library", library.library)
     with caplog.at_level(logging.WARNING):
         assert isinstance(choose.choose_backend(), ReferenceBackend)
     assert "not built" in caplog.text
@@ -88,13 +86,13 @@ def test_a_failed_build_leaves_what_there_was(tmp_path: Path) -> None:
 
 def test_formats_with_sums_go_to_the_reference() -> None:
     row = Row((Segment(2, 16),), Scale.TOKEN, sums=True)
-    assert not library.supported(PageFormat(1024, 16, 16, row, row))
+    assert not calls.supported(PageFormat(1024, 16, 16, row, row))
 
 
 def test_structures_have_the_size_that_the_library_expects() -> None:
     loaded = library.library()
-    assert ctypes.sizeof(library.LayerCall) == loaded.kvfold_layer_size()
-    assert ctypes.sizeof(library.StepInfo) == loaded.kvfold_step_size()
+    assert ctypes.sizeof(calls.LayerCall) == loaded.kvfold_layer_size()
+    assert ctypes.sizeof(calls.StepInfo) == loaded.kvfold_step_size()
 
 
 @pytest.mark.slow

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from kvfold.attention.base import Plan, SequenceStep
-from kvfold.attention.cpu.library import LayerCall, StepInfo, library, native_format, supported
+from kvfold.attention.cpu.calls import LayerCall, StepInfo, native_format, supported
 from kvfold.attention.reference import ReferenceBackend
-from kvfold.errors import KernelsUnavailable
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import PagePool
 from kvfold.kv.staged import StagedLayout
 from kvfold.kv.tables import PageTables
+from kvfold.native.library import find_kernels, kernels_name, library
 
 
 class CpuBackend:
@@ -27,17 +27,14 @@ class CpuBackend:
     """
 
     def __init__(self, kernels: str | None = None) -> None:
-        self._kernels = library().kvfold_kernels(None if kernels is None else kernels.encode())
-        if not self._kernels:
-            raise KernelsUnavailable(f"this machine has no {kernels} instructions; leave the choice to kvfold")
+        self._kernels = find_kernels(kernels)
         self._reference = ReferenceBackend()
         self._formats: dict[int, tuple[CacheLayout, _Formats | None]] = {}  # by identity: hashing would take longer
 
     @property
     def name(self) -> str:
         """The instructions in use."""
-        name: bytes = library().kvfold_kernels_name(self._kernels)
-        return name.decode()
+        return kernels_name(self._kernels)
 
     def plan(
         self, pool: PagePool, layout: CacheLayout | StagedLayout, steps: Sequence[SequenceStep[Any]], scale: float

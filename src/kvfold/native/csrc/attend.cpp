@@ -353,8 +353,6 @@ void attend(const Layer& l) {
 
 extern "C" {
 
-int kvfold_version() { return 1; }
-
 int64_t kvfold_layer_size() { return sizeof(kvfold_layer); }
 
 int64_t kvfold_step_size() { return sizeof(kvfold_step); }
@@ -365,27 +363,6 @@ int64_t kvfold_format_bytes(const void* format, int64_t which) {
     const auto& fmt = *static_cast<const kvfold::Format*>(format);
     return which ? fmt.capacity : fmt.block_bytes;
 }
-
-const void* kvfold_kernels(const char* name) {
-    using namespace kvfold;
-#ifdef KVFOLD_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    const bool vnni = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-                      __builtin_cpu_supports("avx512vbmi");
-    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
-    const struct { const Kernels& kernels; bool there; } all[] = {
-        {kVnniBf16, bf16}, {kVnni, vnni}, {kAvx2, avx2}, {kPortable, true}};
-#else
-    const struct { const Kernels& kernels; bool there; } all[] = {{kPortable, true}};
-#endif
-    for (const auto& candidate : all)
-        if (candidate.there && (!name || !std::strcmp(name, candidate.kernels.name))) return &candidate.kernels;
-    return nullptr;
-}
-
-const char* kvfold_kernels_name(const void* kernels) { return static_cast<const kvfold::Kernels*>(kernels)->name; }
 
 void kvfold_attend(const kvfold_layer* call) {
     kvfold::Layer layer;

@@ -1,18 +1,13 @@
-"""The compiled kernels: finding them, and the structures that both sides of the call agree on."""
+"""What both sides of a call of the attention kernels agree on: structures, and formats as the kernels keep them."""
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from kvfold.errors import KernelsUnavailable
 from kvfold.kv.format import UNIT, PageFormat, Row, Scale
+from kvfold.native.library import library
 
 _SCALES = {Scale.STATIC: 0, Scale.TOKEN: 1, Scale.CHANNEL: 2, Scale.STEP: 3}
-VERSION = 1  # of the calls; the library has the same number, or it was built from other sources
 
 
 class StepInfo(ctypes.Structure):
@@ -48,34 +43,6 @@ class LayerCall(ctypes.Structure):
         ("count", c_int64),
         ("kernels", c_void_p),
     )
-
-
-@cache
-def library() -> Any:
-    """The loaded library. Raises KernelsUnavailable where it was not built or was built from other sources."""
-    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
-    if not found:
-        raise KernelsUnavailable("the kernels were not built; install kvfold again where there is a C++ compiler")
-    _share_threads()
-    try:
-        loaded = ctypes.CDLL(str(found[0]))
-        version = loaded.kvfold_version()
-    except (OSError, AttributeError) as error:
-        raise KernelsUnavailable(f"{found[0].name} cannot be loaded ({error}); install kvfold again") from error
-    if version != VERSION:
-        raise KernelsUnavailable(f"{found[0].name} is of another version of kvfold; install kvfold again")
-    loaded.kvfold_format.argtypes, loaded.kvfold_format.restype = [POINTER(c_int32)], c_void_p
-    loaded.kvfold_format_bytes.argtypes, loaded.kvfold_format_bytes.restype = [c_void_p, c_int64], c_int64
-    loaded.kvfold_kernels.argtypes, loaded.kvfold_kernels.restype = [c_char_p], c_void_p
-    loaded.kvfold_kernels_name.argtypes, loaded.kvfold_kernels_name.restype = [c_void_p], c_char_p
-    loaded.kvfold_attend.argtypes, loaded.kvfold_attend.restype = [POINTER(LayerCall)], None
-    return loaded
-
-
-def _share_threads() -> None:
-    """Makes torch's OpenMP the one that the kernels find: a second pool of threads would spin against the first."""
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def supported(fmt: PageFormat) -> bool:

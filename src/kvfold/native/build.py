@@ -1,4 +1,4 @@
-"""Compiles the kernels: `python -m kvfold.attention.cpu.build`, or on installation (hatch_build.py).
+"""Compiles the kernels: `python -m kvfold.native.build`, or on installation (hatch_build.py).
 
 Each set of instructions is a compilation of its own; which one runs is decided when the library is loaded. OpenMP is
 used but not linked: the library takes part in the pool of threads that torch has loaded.
@@ -29,11 +29,12 @@ class BuildError(Exception):
 def units(x86: bool) -> list[tuple[str, list[str]]]:
     """(source, flags) of everything that is compiled."""
     common: list[tuple[str, list[str]]] = [("format.cpp", []), ("encode.cpp", []), ("portable.cpp", [])]
+    detect = ["-DKVFOLD_X86"] if x86 else []
+    common += [("attend.cpp", ["-fopenmp"]), ("library.cpp", detect)]
     if not x86:
-        return [*common, ("attend.cpp", ["-fopenmp"])]
+        return common
     return [
         *common,
-        ("attend.cpp", ["-fopenmp", "-DKVFOLD_X86"]),
         ("portable.cpp", [*AVX2, "-DKVFOLD_PORTABLE=kAvx2", '-DKVFOLD_NAME="avx2"']),
         ("vnni.cpp", VNNI),
         ("vnni.cpp", [*VNNI, "-mavx512bf16", "-DKVFOLD_VNNI=kVnniBf16", '-DKVFOLD_NAME="avx512-vnni-bf16"']),

@@ -34,13 +34,9 @@ struct kvfold_layer {
     const void* kernels;
 };
 
-int kvfold_version();
 int64_t kvfold_layer_size();
 int64_t kvfold_step_size();
 const void* kvfold_format(const int32_t* words);
-// Kernels by name (null: the best that the machine has; the result is null where it lacks what the name needs).
-const void* kvfold_kernels(const char* name);
-const char* kvfold_kernels_name(const void* kernels);
 void kvfold_attend(const kvfold_layer* call);
 int64_t kvfold_format_bytes(const void* format, int64_t which);  // 0: block_bytes, 1: capacity
 }

@@ -1,0 +1,58 @@
+"""The compiled kernels: finding the library, and the set of instructions to be used."""
+
+import ctypes
+from ctypes import c_char_p, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.errors import KernelsUnavailable
+
+VERSION = 1  # of the calls; the library has the same number, or it was built from other sources
+
+
+@cache
+def library() -> Any:
+    """The loaded library. Raises KernelsUnavailable where it was not built or was built from other sources."""
+    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not found:
+        raise KernelsUnavailable("the kernels were not built; install kvfold again where there is a C++ compiler")
+    _share_threads()
+    try:
+        loaded = ctypes.CDLL(str(found[0]))
+        version = loaded.kvfold_version()
+    except (OSError, AttributeError) as error:
+        raise KernelsUnavailable(f"{found[0].name} cannot be loaded ({error}); install kvfold again") from error
+    if version != VERSION:
+        raise KernelsUnavailable(f"{found[0].name} is of another version of kvfold; install kvfold again")
+    loaded.kvfold_kernels.argtypes, loaded.kvfold_kernels.restype = [c_char_p], c_void_p
+    loaded.kvfold_kernels_name.argtypes, loaded.kvfold_kernels_name.restype = [c_void_p], c_char_p
+    loaded.kvfold_format.argtypes, loaded.kvfold_format.restype = [c_void_p], c_void_p
+    loaded.kvfold_format_bytes.argtypes, loaded.kvfold_format_bytes.restype = [c_void_p, c_int64], c_int64
+    loaded.kvfold_attend.argtypes, loaded.kvfold_attend.restype = [c_void_p], None
+    return loaded
+
+
+def find_kernels(name: str | None = None) -> int:
+    """The kernels for one set of instructions (`avx512-vnni-bf16`, `avx512-vnni`, `avx2`, `portable`); None: the best.
+
+    Raises KernelsUnavailable where the library is not there or the machine lacks the instructions.
+    """
+    found: int | None = library().kvfold_kernels(None if name is None else name.encode())
+    if not found:
+        raise KernelsUnavailable(f"this machine has no {name} instructions; leave the choice to kvfold")
+    return found
+
+
+def kernels_name(kernels: int) -> str:
+    """The instructions that `find_kernels` found."""
+    name: bytes = library().kvfold_kernels_name(kernels)
+    return name.decode()
+
+
+def _share_threads() -> None:
+    """Makes torch's OpenMP the one that the kernels find: a second pool of threads would spin against the first."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
