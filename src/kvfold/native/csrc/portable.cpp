@@ -8,6 +8,7 @@
 #ifndef KVFOLD_PORTABLE
 #define KVFOLD_PORTABLE kPortable
 #define KVFOLD_NAME "portable"
+#define KVFOLD_LINEAR kLinearPortable
 #endif
 
 namespace kvfold {
@@ -137,6 +138,6 @@ void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& 
 
 }  // namespace
 
-extern const Kernels KVFOLD_PORTABLE{attend, KVFOLD_NAME, &KVFOLD_PORTABLE};
+extern const Kernels KVFOLD_PORTABLE{attend, KVFOLD_NAME, &KVFOLD_PORTABLE, &KVFOLD_LINEAR};
 
 }  // namespace kvfold

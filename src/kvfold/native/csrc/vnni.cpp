@@ -28,6 +28,6 @@ void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& 
 
 }  // namespace
 
-extern const Kernels KVFOLD_VNNI{attend, KVFOLD_NAME, &kVnni};
+extern const Kernels KVFOLD_VNNI{attend, KVFOLD_NAME, &kVnni, &kLinearVnni};
 
 }  // namespace kvfold
