@@ -57,10 +57,10 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     if bits == 16:
         return x.double()
     group = GROUPS[bits]
-    padded = torch.nn.functional.pad(x.double(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    scale = padded.abs().amax(-1, keepdim=True) / 127
-    codes = torch.where(scale == 0, 0.0, padded / scale).round()
-    return (codes * scale).flatten(1)[:, : x.shape[1]]
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    most = padded.abs().amax(-1, keepdim=True)
+    codes = torch.where(most == 0, 0.0, padded * (127 / most)).round()  # in float32: a tie is to fall the same way
+    return (codes.double() * (most / 127)).flatten(1)[:, : x.shape[1]]
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

@@ -11,9 +11,11 @@ from torch import Tensor
 from kvfold.methods.base import AttentionWeights
 from kvfold.model.blocks import DecoderWeights, LayerWeights
 from kvfold.model.elementwise import HeadNorm, Norm
+from kvfold.model.heads import SplitHeads, split_heads
 from kvfold.model.linear import Projections
 from kvfold.model.packed import pack_projections, pack_weights
-from kvfold.model.rope import Rotation, rotate, rotation
+from kvfold.model.packed_heads import MOST_DIM, split_heads_packed
+from kvfold.model.rope import Rotation, rotation
 from kvfold.model.spec import ModelSpec
 
 
@@ -52,6 +54,8 @@ class Decoder:
         self.weights = weights
         self.dtype = dtype or weights.embedding.dtype
         self.projections = [Projections.of(own) for own in weights.attention]
+        self._split_heads: SplitHeads = split_heads
+        self._angles = self.dtype
         self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=self.dtype))
         kinds = list(spec.rope_kinds())
         self._rope_kinds = [
@@ -80,7 +84,7 @@ class Decoder:
         """
         _check_lanes(lanes, token_ids.shape[0])
         x = self._embed(token_ids, positions)
-        rotations = [rotation(*kind, positions, self.dtype) for kind in self._rope_kinds]
+        rotations = [rotation(*kind, positions, self._angles) for kind in self._rope_kinds]
         for index, layer in enumerate(self.weights.layers):
             kind = self._rope_kind_of_layer[index]
             by = None if kind is None else rotations[kind]
@@ -97,6 +101,8 @@ class Decoder:
         any more. bits: as in `PackedLinear`. Raises KernelsUnavailable."""
         self.weights = pack_weights(self.weights, bits)
         self.projections = pack_projections(self.projections, bits)
+        if self.spec.head_dim <= MOST_DIM:
+            self._split_heads, self._angles = split_heads_packed, torch.float32
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states [N, D]: [N, V] float32."""
@@ -130,30 +136,8 @@ class Decoder:
         self, weights: Projections, x: Tensor, norm: Norm, head_norm: HeadNorm | None, by: Rotation | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec
-        heads, end = spec.heads, spec.heads + spec.kv_heads
-        qkv = weights.qkv(x, norm).view(x.shape[0], end + spec.kv_heads, spec.head_dim)
-        qk, v = qkv[:, :end], qkv[:, end:]
-        if head_norm is not None:
-            qk = head_norm(qk)
-        if by is not None:
-            qk = rotate(qk, by)
-        q, k = qk[:, :heads], qk[:, heads:]
-        if weights.query_map is not None:
-            q = _map_heads(q, weights.query_map)
-        if weights.key_map is not None:
-            k = _map_heads(k, weights.key_map)
-        if weights.key_shift is not None:
-            k = k + weights.key_shift
-        return q, k, v
-
-
-def _map_heads(x: Tensor, maps: Tensor) -> Tensor:
-    """Apply maps [G, d, d] to x [T, n, d] whose heads come in G equal groups: one batched product."""
-    tokens, heads, dim = x.shape
-    groups = maps.shape[0]
-    by_group = x.reshape(tokens, groups, -1, dim).transpose(0, 1).reshape(groups, -1, dim)
-    mapped = torch.bmm(by_group, maps)
-    return mapped.view(groups, tokens, -1, dim).transpose(0, 1).reshape(tokens, heads, dim)
+        qkv = weights.qkv(x, norm).view(x.shape[0], spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        return self._split_heads(qkv, spec.heads, weights, head_norm, by)
 
 
 def _check_lanes(lanes: Sequence[Lane], tokens: int) -> None:

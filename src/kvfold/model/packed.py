@@ -109,18 +109,29 @@ def pack_weights(weights: DecoderWeights, bits: int) -> DecoderWeights:
 
 
 def pack_projections(projections: Sequence[Projections], bits: int) -> list[Projections]:
-    """The same with packed weights; maps stay as they are."""
-    return [replace(own, qkv=_packed(own.qkv, bits), out=_packed(own.out, bits)) for own in projections]
+    """The same with packed weights, maps in float32."""
+    return [
+        Projections(
+            _packed(own.qkv, bits),
+            _packed(own.out, bits),
+            *(
+                None if each is None else each.float().contiguous()
+                for each in (own.query_map, own.key_map, own.key_shift)
+            ),
+        )
+        for own in projections
+    ]
 
 
 def _pack_layer(layer: LayerWeights, bits: int) -> LayerWeights:
     post = (layer.post_attention_norm, layer.post_mlp_norm)
+    norm = layer.head_norm
     post_attention, post_mlp = (None if norm is None else _widen(norm) for norm in post)
     return LayerWeights(
         attention_norm=_widen(layer.attention_norm),
         mlp_norm=_widen(layer.mlp_norm),
         mlp=Mlp(_packed(layer.mlp.up, bits), layer.mlp.gate, _packed(layer.mlp.down, bits)),
-        head_norm=layer.head_norm,
+        head_norm=None if norm is None else replace(norm, weight=norm.weight.float().contiguous()),
         post_attention_norm=post_attention,
         post_mlp_norm=post_mlp,
     )

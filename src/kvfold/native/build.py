@@ -28,20 +28,22 @@ class BuildError(Exception):
 
 def units(x86: bool) -> list[tuple[str, list[str]]]:
     """(source, flags) of everything that is compiled."""
-    common: list[tuple[str, list[str]]] = [("format.cpp", []), ("encode.cpp", []), ("portable.cpp", [])]
     detect = ["-DKVFOLD_X86"] if x86 else []
-    common += [("attend.cpp", ["-fopenmp"]), ("library.cpp", detect)]
-    common += [("linear.cpp", ["-fopenmp"]), ("linear_kernels.cpp", [])]
-    if not x86:
-        return common
-    return [
-        *common,
-        ("portable.cpp", [*AVX2, "-DKVFOLD_PORTABLE=kAvx2", '-DKVFOLD_NAME="avx2"', "-DKVFOLD_LINEAR=kLinearAvx2"]),
-        ("linear_kernels.cpp", [*AVX2, "-DKVFOLD_LINEAR=kLinearAvx2"]),
-        ("linear_kernels.cpp", [*VNNI, "-DKVFOLD_LINEAR=kLinearVnni"]),
-        ("vnni.cpp", VNNI),
-        ("vnni.cpp", [*VNNI, "-mavx512bf16", "-DKVFOLD_VNNI=kVnniBf16", '-DKVFOLD_NAME="avx512-vnni-bf16"']),
-    ]
+    once: list[tuple[str, list[str]]] = [("format.cpp", []), ("encode.cpp", []), ("library.cpp", detect)]
+    threaded = [(f"{name}.cpp", ["-fopenmp"]) for name in ("attend", "linear", "heads")]
+    attention = [("portable.cpp", [])]
+    sets: list[list[str]] = [[]]
+    if x86:
+        sets += [[*AVX2, *_named("Avx2", "avx2")], [*VNNI, *_named("Vnni", "avx512-vnni")]]
+        attention += [("portable.cpp", sets[1]), ("vnni.cpp", sets[2])]
+        attention += [("vnni.cpp", [*VNNI, "-mavx512bf16", *_named("VnniBf16", "avx512-vnni-bf16")])]
+    layers = [(f"{name}_kernels.cpp", flags) for name in ("linear", "heads") for flags in sets]
+    return [*once, *threaded, *attention, *layers]
+
+
+def _named(suffix: str, name: str) -> list[str]:
+    """A set of instructions: what its symbols end with, and what users call it."""
+    return [f"-DKVFOLD_SET={suffix}", f'-DKVFOLD_NAME="{name}"']
 
 
 def build(target: Path = TARGET, extra: list[str] | None = None) -> Path:

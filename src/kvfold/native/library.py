@@ -32,6 +32,7 @@ def library() -> Any:
     loaded.kvfold_format.argtypes, loaded.kvfold_format.restype = [c_void_p], c_void_p
     loaded.kvfold_format_bytes.argtypes, loaded.kvfold_format_bytes.restype = [c_void_p, c_int64], c_int64
     loaded.kvfold_attend.argtypes, loaded.kvfold_attend.restype = [c_void_p], None
+    loaded.kvfold_turn.argtypes, loaded.kvfold_turn.restype = [c_void_p], None
     loaded.kvfold_multiply.argtypes, loaded.kvfold_multiply.restype = [c_void_p], None
     return loaded
 

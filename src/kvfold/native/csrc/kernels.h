@@ -5,6 +5,16 @@
 #include <limits>
 
 #include "format.h"
+#include "heads.h"
+
+// The set of instructions that a source is compiled for, which its names end with.
+#ifndef KVFOLD_SET
+#define KVFOLD_SET Portable
+#define KVFOLD_NAME "portable"
+#endif
+#define KVFOLD_JOIN(name, set) name##set
+#define KVFOLD_EXPAND(name, set) KVFOLD_JOIN(name, set)
+#define KVFOLD_NAMED(name) KVFOLD_EXPAND(name, KVFOLD_SET)
 
 namespace kvfold {
 
@@ -59,6 +69,7 @@ struct Kernels {
     const char* name;
     const Kernels* exact;  // those that do not round float32 queries and weights to 16 bits
     const LinearKernels* linear;
+    void (*turn)(const kvfold_heads&, int64_t token, int64_t head);
 };
 
 extern const Kernels kPortable, kAvx2, kVnni, kVnniBf16;

@@ -12,10 +12,6 @@
 #include "linear_portable.h"
 #endif
 
-#ifndef KVFOLD_LINEAR
-#define KVFOLD_LINEAR kLinearPortable
-#endif
-
 namespace kvfold {
 namespace {
 
@@ -204,6 +200,6 @@ void multiply(const kvfold_linear& l, const Inputs& in, int64_t block, int64_t e
 
 }  // namespace
 
-extern const LinearKernels KVFOLD_LINEAR{prepare, multiply};
+extern const LinearKernels KVFOLD_NAMED(kLinear){prepare, multiply};
 
 }  // namespace kvfold

@@ -5,12 +5,6 @@
 
 #include "kernels.h"
 
-#ifndef KVFOLD_PORTABLE
-#define KVFOLD_PORTABLE kPortable
-#define KVFOLD_NAME "portable"
-#define KVFOLD_LINEAR kLinearPortable
-#endif
-
 namespace kvfold {
 namespace {
 
@@ -138,6 +132,6 @@ void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& 
 
 }  // namespace
 
-extern const Kernels KVFOLD_PORTABLE{attend, KVFOLD_NAME, &KVFOLD_PORTABLE, &KVFOLD_LINEAR};
+extern const Kernels KVFOLD_NAMED(k){attend, KVFOLD_NAME, &KVFOLD_NAMED(k), &KVFOLD_NAMED(kLinear), KVFOLD_NAMED(turn)};
 
 }  // namespace kvfold

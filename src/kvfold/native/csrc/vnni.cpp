@@ -2,11 +2,6 @@
 #include "coded.h"
 #include "raw.h"
 
-#ifndef KVFOLD_VNNI
-#define KVFOLD_VNNI kVnni
-#define KVFOLD_NAME "avx512-vnni"
-#endif
-
 namespace kvfold {
 namespace {
 
@@ -28,6 +23,6 @@ void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& 
 
 }  // namespace
 
-extern const Kernels KVFOLD_VNNI{attend, KVFOLD_NAME, &kVnni, &kLinearVnni};
+extern const Kernels KVFOLD_NAMED(k){attend, KVFOLD_NAME, &kVnni, &kLinearVnni, turnVnni};
 
 }  // namespace kvfold

@@ -1,0 +1,19 @@
+// Threads share the heads of all tokens.
+#include "heads.h"
+
+#include <omp.h>
+
+#include "kernels.h"
+
+extern "C" {
+
+int64_t kvfold_heads_size() { return sizeof(kvfold_heads); }
+
+void kvfold_turn(const kvfold_heads* call) {
+    const kvfold_heads& c = *call;
+    const auto turn = static_cast<const kvfold::Kernels*>(c.kernels)->turn;
+    const int64_t heads = c.heads + c.kv_heads;
+#pragma omp parallel for schedule(static) if (c.tokens * heads >= 24)
+    for (int64_t i = 0; i < c.tokens * heads; ++i) turn(c, i / heads, i % heads);
+}
+}
