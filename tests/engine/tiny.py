@@ -12,10 +12,11 @@ from kvfold.calibration.capture import Capture
 from kvfold.calibration.statistics import zeroc_statistics
 from kvfold.config.engine import EngineConfig
 from kvfold.engine.engine import Engine
-from kvfold.engine.lane import build_lane
+from kvfold.engine.lane import build_lane, pack_lanes
 from kvfold.engine.outputs import RequestOutput
 from kvfold.engine.params import SamplingParams
 from kvfold.methods.registry import build_method
+from kvfold.model.decoder import Decoder
 from kvfold.model.loading import LoadedModel, load_model
 
 VOCAB = 128
@@ -85,6 +86,13 @@ class Tiny:
         """An engine with one lane per method; `options` are EngineConfig's."""
         lanes = [build_lane(self.model.decoder, m, build_method(m), 32, self.statistics) for m in methods]
         return Engine(self.model.decoder, self.model.tokenizer, lanes, EngineConfig(kv_memory, **options))
+
+    def packed_engine(self, bits: int, *methods: str, kv_memory: int = 2**23, **options: Any) -> Engine:
+        """The same with packed weights."""
+        decoder = Decoder(self.model.spec, self.model.decoder.weights)
+        lanes = [build_lane(decoder, m, build_method(m), 32, self.statistics) for m in methods]
+        packed = pack_lanes(decoder, lanes, bits)
+        return Engine(decoder, self.model.tokenizer, packed, EngineConfig(kv_memory, **options))
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """transformers' log-probability of each token but the first, float32 [T - 1]."""

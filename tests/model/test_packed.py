@@ -103,7 +103,10 @@ def test_products_are_those_of_the_codes(
     weights = unpacked(*pack(weight, bits), rows, inputs, bits)
     expected = rounded(x, bits) @ weights.T + (0 if bias is None else bias) + (0 if onto is None else onto)
     tolerance = 2e-5 if wide else 1e-2
-    torch.testing.assert_close(linear(x, onto=onto).double(), expected, rtol=tolerance, atol=tolerance * inputs**0.5)
+    # Between two codes a number may be rounded either way: compilers are free to join a product and a sum.
+    tie = 0.0 if bits == 16 else float(x.float().abs().max() / 127 * weights.abs().max())
+    bound = tolerance * inputs**0.5 + tie
+    torch.testing.assert_close(linear(x, onto=onto).double(), expected, rtol=tolerance, atol=bound)
 
 
 @pytest.mark.parametrize("kernels", [name for name in KERNELS if there(name)])

@@ -74,6 +74,7 @@ class LLM:
         config = EngineConfig(
             parse_bytes(kv_memory), chunk, max_batch_tokens, max_sequences, prefix_caching=prefix_caching, seed=seed
         )
+        bits = weight_bits(weights)
         methods = list_methods(kv)
         for method in methods:
             build_method(method)  # a misspelt method fails before the model is loaded
@@ -83,7 +84,6 @@ class LLM:
             torch.set_num_threads(threads)
         attention = choose_backend(backend) if backend is None or isinstance(backend, str) else backend
         compute, raw_bits = resolve_dtypes(dtype, kv_dtype)
-        bits = weight_bits(weights)
         self.model = load_model(model, dtype=compute, progress=progress)
         path = None if calibration is None else Path(calibration)
         prepared = [prepare_lane(self.model, method, raw_bits, path, progress) for method in methods]

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.attention.base import AttentionBackend, SequenceStep
+from kvfold.attention.base import AttentionBackend, Plan, SequenceStep
+from kvfold.engine.decoding import DecodePrograms
 from kvfold.engine.lane import MethodLane
 from kvfold.engine.logprobs import TokenLogprobs, token_logprobs
 from kvfold.engine.memory import KVMemory
@@ -26,6 +28,16 @@ class StepResult:
     prompt_logprobs: list[tuple[Sequence, int, TokenLogprobs]]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A lane's share of a step: which tokens of the batch, of which sequences."""
+
+    number: int
+    lane: MethodLane
+    steps: list[SequenceStep[Any]]
+    tokens: slice
+
+
 class Runner:
     """Runs steps of a model over one KV memory; sequences of several lanes share a step's norms and MLPs."""
 
@@ -34,6 +46,7 @@ class Runner:
         self._lanes = lanes
         self._memory = memory
         self._backend = backend
+        self._programs = DecodePrograms(decoder)
 
     @torch.inference_mode()
     def run(self, scheduled: Seq[Scheduled]) -> StepResult:
@@ -45,33 +58,48 @@ class Runner:
             start = item.sequence.computed
             token_ids += item.sequence.tokens_from(start, item.count)
             positions.append(torch.arange(start, start + item.count))
-        hidden = self._decoder.forward(torch.tensor(token_ids), torch.cat(positions), self._batch_lanes(ordered))
+        hidden = self._forward(ordered, torch.tensor(token_ids), torch.cat(positions))
         result = self._results(ordered, hidden)
         for item in ordered:
             tables = item.sequence.held
             tables.advance(self._memory.pool, tables.length + item.count)
         return result
 
-    def _batch_lanes(self, ordered: Seq[Scheduled]) -> list[Lane]:
-        lanes, first = [], 0
-        for index, lane in enumerate(self._lanes):
+    def _forward(self, ordered: Seq[Scheduled], token_ids: Tensor, positions: Tensor) -> Tensor:
+        parts = self._parts(ordered)
+        if len(ordered) == len(token_ids):
+            decoding = [(p.number, p.lane.weights, p.steps, partial(self._plan, p)) for p in parts]
+            hidden = self._programs.run(decoding, token_ids, positions)
+            if hidden is not None:
+                return hidden
+        return self._decoder.forward(token_ids, positions, [self._batch_lane(part) for part in parts])
+
+    def _parts(self, ordered: Seq[Scheduled]) -> list["_Part"]:
+        """The lanes that have something to do, in the order of the batch."""
+        parts, first = [], 0
+        for number, lane in enumerate(self._lanes):
             steps: list[SequenceStep[Any]] = []
             count = 0
             for item in ordered:
-                if item.sequence.request.lane == index:
+                if item.sequence.request.lane == number:
                     steps.append(SequenceStep[Any](item.sequence.held, count, item.count))
                     count += item.count
             if steps:
-                scale = self._decoder.spec.attention_scale
-                plan = self._backend.plan(self._memory.pool, lane.layout, steps, scale)
-
-                def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, plan=plan) -> Tensor:  # type: ignore[no-untyped-def]
-                    out: Tensor = plan.attend(layer, q, k, v)[0]
-                    return out
-
-                lanes.append(Lane(slice(first, first + count), lane.weights, attend))
+                parts.append(_Part(number, lane, steps, slice(first, first + count)))
                 first += count
-        return lanes
+        return parts
+
+    def _plan(self, part: "_Part") -> Plan:
+        scale = self._decoder.spec.attention_scale
+        return self._backend.plan(self._memory.pool, part.lane.layout, part.steps, scale)
+
+    def _batch_lane(self, part: "_Part") -> Lane:
+        plan = self._plan(part)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return plan.attend(layer, q, k, v)[0]
+
+        return Lane(part.tokens, part.lane.weights, attend)
 
     def _results(self, ordered: Seq[Scheduled], hidden: Tensor) -> StepResult:
         ready, rows, first = [], [], 0

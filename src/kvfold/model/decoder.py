@@ -58,11 +58,11 @@ class Decoder:
         self._angles = self.dtype
         self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=self.dtype))
         kinds = list(spec.rope_kinds())
-        self._rope_kinds = [
+        self.rope_kinds = [
             (torch.tensor(kind.inv_freq, dtype=torch.float32, device=self.device), kind.attention_factor)
             for kind in kinds
         ]
-        self._rope_kind_of_layer = [
+        self.rope_kind_of_layer = [
             None if layer.rope is None else kinds.index(layer.rope) for layer in spec.layer_specs
         ]
 
@@ -83,10 +83,10 @@ class Decoder:
         Lanes: consecutive, together exactly the T tokens; raises ValueError otherwise.
         """
         _check_lanes(lanes, token_ids.shape[0])
-        x = self._embed(token_ids, positions)
-        rotations = [rotation(*kind, positions, self._angles) for kind in self._rope_kinds]
+        x = self.embed(token_ids, positions)
+        rotations = self.rotations(positions)
         for index, layer in enumerate(self.weights.layers):
-            kind = self._rope_kind_of_layer[index]
+            kind = self.rope_kind_of_layer[index]
             by = None if kind is None else rotations[kind]
             x = self._attention(index, layer, x, by, lanes)
             inner = layer.mlp.up(x, layer.mlp_norm)
@@ -108,7 +108,12 @@ class Decoder:
         """Next-token logits of hidden states [N, D]: [N, V] float32."""
         return self.weights.head(hidden).float()
 
-    def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def rotations(self, positions: Tensor) -> list[Rotation]:
+        """The angles of a step, one entry per kind of RoPE that the layers have."""
+        return [rotation(*kind, positions, self._angles) for kind in self.rope_kinds]
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first layer, [T, D]."""
         x = F.embedding(token_ids, self.weights.embedding).to(self.dtype)
         if self.spec.embed_scale != 1.0:
             x = x * self._embed_scale

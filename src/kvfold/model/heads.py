@@ -38,6 +38,12 @@ def split_heads(qkv: Tensor, heads: int, weights: Projections, norm: HeadNorm | 
     return q, k, v
 
 
+def views(qkv: Tensor, heads: int) -> QKV:
+    """qkv [T, H + 2 G, d] cut into q, k and v."""
+    end = heads + (qkv.shape[1] - heads) // 2
+    return qkv[:, :heads], qkv[:, heads:end], qkv[:, end:]
+
+
 def _map_heads(x: Tensor, maps: Tensor) -> Tensor:
     """Apply maps [G, d, d] to x [T, n, d] whose heads come in G equal groups: one batched product."""
     tokens, heads, dim = x.shape

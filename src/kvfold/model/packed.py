@@ -73,11 +73,16 @@ class PackedLinear:
         )
 
     def __call__(self, x: Tensor, before: Norm | Gate | None = None, onto: Tensor | None = None) -> Tensor:
+        out = x.new_empty(x.shape[0], self.rows)
+        if x.shape[0]:
+            x = x if x.stride(1) == 1 else x.contiguous()
+            onto = onto if onto is None or onto.stride(1) == 1 else onto.contiguous()
+            library().kvfold_multiply(ctypes.byref(self.call(x, out, before, onto)))
+        return out
+
+    def call(self, x: Tensor, out: Tensor, before: Norm | Gate | None = None, onto: Tensor | None = None) -> LinearCall:
+        """What the kernels are to compute; the tensors must outlive it. out: [T, rows], dense; it may be `onto`."""
         call = LinearCall.from_buffer_copy(self._call)
-        out = x.new_empty(x.shape[0], call.rows)
-        if not x.shape[0]:
-            return out
-        x = x if x.stride(1) == 1 else x.contiguous()
         call.x, call.x_stride, call.tokens = x.data_ptr(), x.stride(0), x.shape[0]
         call.out, call.wide = out.data_ptr(), x.dtype == torch.float32
         if isinstance(before, Norm):
@@ -86,10 +91,12 @@ class PackedLinear:
         elif before is not None:
             call.activation, call.gated = _ACTIVATIONS[before.activation], before.gated
         if onto is not None:
-            onto = onto if onto.stride(1) == 1 else onto.contiguous()
             call.onto, call.onto_stride = onto.data_ptr(), onto.stride(0)
-        library().kvfold_multiply(ctypes.byref(call))
-        return out
+        return call
+
+    @property
+    def rows(self) -> int:
+        return int(self._call.rows)
 
     @property
     def nbytes(self) -> int:

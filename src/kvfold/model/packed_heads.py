@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfold.model.elementwise import HeadNorm
-from kvfold.model.heads import QKV
+from kvfold.model.heads import QKV, views
 from kvfold.model.linear import Projections
 from kvfold.model.rope import Rotation
 from kvfold.native.library import find_kernels, library
@@ -31,11 +31,15 @@ def split_heads_packed(
     qkv: Tensor, heads: int, weights: Projections, norm: HeadNorm | None, by: Rotation | None
 ) -> QKV:
     """`SplitHeads` in place. Angles, gains and maps are float32 and dense; d is at most MOST_DIM."""
-    kv_heads = (qkv.shape[1] - heads) // 2
-    call = HeadsCall(
-        qkv.data_ptr(), qkv.stride(0), qkv.shape[0], heads, kv_heads, qkv.shape[2], qkv.dtype == torch.float32
-    )
-    call.kernels = find_kernels()
+    library().kvfold_turn(ctypes.byref(heads_call(qkv, heads, weights, norm, by)))
+    return views(qkv, heads)
+
+
+def heads_call(qkv: Tensor, heads: int, weights: Projections, norm: HeadNorm | None, by: Rotation | None) -> HeadsCall:
+    """What the kernels are to compute; the tensors must outlive it."""
+    tokens, both, dim = qkv.shape
+    call = HeadsCall(qkv.data_ptr(), qkv.stride(0), tokens, heads, (both - heads) // 2, dim)
+    call.wide, call.kernels = qkv.dtype == torch.float32, find_kernels()
     if norm is not None:
         call.gain, call.eps = norm.weight.data_ptr(), norm.eps
     if by is not None:
@@ -44,6 +48,4 @@ def split_heads_packed(
         given = getattr(weights, name)
         if given is not None:
             setattr(call, name, given.data_ptr())
-    library().kvfold_turn(ctypes.byref(call))
-    end = heads + kv_heads
-    return qkv[:, :heads], qkv[:, heads:end], qkv[:, end:]
+    return call

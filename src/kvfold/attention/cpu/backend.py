@@ -73,16 +73,8 @@ class CpuPlan:
         kernels: int,
     ) -> None:
         self._layout, self._formats = layout, formats
-        # The arrays behind the pointers must live as long as the plan.
-        self._tables = [(s.tables.near, s.tables.far) for s in steps]
-        self._steps = (StepInfo * len(steps))(
-            *(
-                StepInfo(
-                    near.ctypes.data, far.ctypes.data, near.shape[1], far.shape[1], s.tables.length, s.first, s.count
-                )
-                for s, (near, far) in zip(steps, self._tables, strict=True)
-            )
-        )
+        self._steps = (StepInfo * len(steps))()
+        self.refill(steps)
         self._call = LayerCall(
             data=pool.data.data_ptr(),
             page_bytes=pool.page_bytes,
@@ -99,16 +91,34 @@ class CpuPlan:
             kernels=kernels,
         )
 
+    def refill(self, steps: Sequence[SequenceStep[PageTables]]) -> None:
+        """Turns to other steps, as many as before: every call that was made from this plan is of them from now on."""
+        # The arrays behind the pointers must live as long as the plan.
+        self._tables = [(s.tables.near, s.tables.far) for s in steps]
+        for info, step, (near, far) in zip(self._steps, steps, self._tables, strict=True):
+            info.near, info.far = near.ctypes.data, far.ctypes.data
+            info.near_columns, info.far_columns = near.shape[1], far.shape[1]
+            info.length, info.first, info.count = step.tables.length, step.first, step.count
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         dtype = q.dtype
-        wide = dtype != torch.bfloat16
-        if wide and dtype != torch.float32:
+        if dtype not in (torch.bfloat16, torch.float32):
             q, k, v = q.float(), k.float(), v.float()
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
-        call = self._call
-        call.layer, call.group, call.dim, call.wide = layer, q.shape[1] // k.shape[1], q.shape[2], wide
+        library().kvfold_attend(ctypes.byref(self.call(layer, q, k, v, out, lse)))
+        return out.to(dtype), lse
+
+    def call(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> LayerCall:
+        """What the kernels are to compute; tensors and plan must outlive it. q, k, v: the last dimension dense."""
+        call = LayerCall.from_buffer_copy(self._call)
+        call.layer, call.group, call.dim, call.wide = (
+            layer,
+            q.shape[1] // k.shape[1],
+            q.shape[2],
+            q.dtype == torch.float32,
+        )
         call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         call.q_token, call.q_head = q.stride()[:2]
         call.k_token, call.k_head = k.stride()[:2]
@@ -117,5 +127,4 @@ class CpuPlan:
         call.window = self._layout.windows[layer] or 0
         call.sunk = self._layout.keeps_sinks(layer)
         call.far_formats = ctypes.cast(self._formats.far[layer], c_void_p)
-        library().kvfold_attend(ctypes.byref(call))
-        return out.to(dtype), lse
+        return call

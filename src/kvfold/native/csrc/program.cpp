@@ -1,0 +1,22 @@
+// Many calls as one.
+#include "attend.h"
+#include "heads.h"
+#include "linear.h"
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+struct kvfold_op {
+    int64_t kind;  // 0: linear, 1: heads, 2: attention
+    const void* call;
+};
+
+void kvfold_run(const kvfold_op* ops, int64_t count) {
+    for (; count--; ++ops) {
+        if (ops->kind == 0) kvfold_multiply(static_cast<const kvfold_linear*>(ops->call));
+        if (ops->kind == 1) kvfold_turn(static_cast<const kvfold_heads*>(ops->call));
+        if (ops->kind == 2) kvfold_attend(static_cast<const kvfold_layer*>(ops->call));
+    }
+}
+}
+#pragma GCC visibility pop
