@@ -1,21 +1,24 @@
-"""`kvfold bench`: measure a running server under load."""
+"""`kvfold bench`: measure a running server under load, or a step of the engine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from kvfold.cli import options
-from kvfold.cli.output import print_json
+from kvfold.cli.output import print_json, report_fields
 from kvfold.cli.progress import ConsoleProgress
+from kvfold.config.method import parse_method
+from kvfold.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvfold.benchmark.report import Report
 
 INTERRUPTED = 130
 
-app = typer.Typer(help="Measure a running server under load.")
+app = typer.Typer(help="Measure a running server under load, or a decoding step.")
 
 
 @app.callback(invoke_without_command=True)
@@ -159,3 +162,51 @@ def _check(report: "Report") -> None:
     raise BenchmarkError(
         f"no request succeeded ({', '.join(dict.fromkeys(kinds))}); see the notes and the server's log"
     )
+
+
+@app.command("step")
+def step(
+    model: options.Model = options.DEFAULT_MODEL,
+    kv: options.KV = "zeroc(bits=4)",
+    batch: Annotated[int, typer.Option(help="Sequences that decode together.", metavar="N")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens of each prompt.", metavar="N")] = 2048,
+    steps: Annotated[int, typer.Option(help="Steps that are timed, and as many that are profiled.", metavar="N")] = 20,
+    threads: Annotated[int | None, typer.Option(help="Threads (default: one per core).", metavar="N")] = None,
+    dtype: options.Dtype = "auto",
+    weights: options.Weights = "auto",
+    calibration: options.Calibration = None,
+    json: options.Json = False,
+) -> None:
+    """Where the time of a decoding step goes."""
+    parse_method(kv)
+    for name, value in (("--batch", batch), ("--context", context), ("--steps", steps)):
+        if value < 1:
+            raise ConfigError(f"{name} {value} is out of range; give at least 1")
+
+    from kvfold.benchmark.step import profile_steps
+
+    progress = ConsoleProgress()
+    report = profile_steps(
+        model,
+        kv,
+        batch,
+        context,
+        steps,
+        progress=progress,
+        threads=threads,
+        dtype=dtype,
+        weights=weights,
+        calibration=calibration,
+    )
+    if json:
+        print_json(report_fields(report))
+        return
+    each = 1000 * report.seconds
+    table = Table(title=f"{model}, {kv}: {batch} x {context:,} tokens", title_justify="left")
+    table.add_column("a decoding step")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    for name, share in report.parts.items():
+        table.add_row(name, f"{share * each:.2f}", f"{share:.0%}")
+    table.add_row("all", f"{each:.2f}", f"{batch / report.seconds:,.1f} tokens/s")
+    Console().print(table)

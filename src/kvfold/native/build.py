@@ -30,8 +30,7 @@ def units(x86: bool) -> list[tuple[str, list[str]]]:
     """(source, flags) of everything that is compiled."""
     detect = ["-DKVFOLD_X86"] if x86 else []
     once: list[tuple[str, list[str]]] = [("format.cpp", []), ("encode.cpp", []), ("library.cpp", detect)]
-    once += [("program.cpp", [])]
-    threaded = [(f"{name}.cpp", ["-fopenmp"]) for name in ("attend", "linear", "heads")]
+    threaded = [(f"{name}.cpp", ["-fopenmp"]) for name in ("attend", "linear", "heads", "program")]
     attention: list[tuple[str, list[str]]] = [("portable.cpp", [])]
     sets: list[list[str]] = [[]]
     if x86:

@@ -34,7 +34,7 @@ def library() -> Any:
     loaded.kvfold_attend.argtypes, loaded.kvfold_attend.restype = [c_void_p], None
     loaded.kvfold_turn.argtypes, loaded.kvfold_turn.restype = [c_void_p], None
     loaded.kvfold_multiply.argtypes, loaded.kvfold_multiply.restype = [c_void_p], None
-    loaded.kvfold_run.argtypes, loaded.kvfold_run.restype = [c_void_p, c_int64], None
+    loaded.kvfold_run.argtypes, loaded.kvfold_run.restype = [c_void_p, c_int64, c_void_p], None
     return loaded
 
 

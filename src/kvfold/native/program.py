@@ -1,11 +1,15 @@
 """A list of compiled calls that runs as one, without Python in between."""
 
 import ctypes
-from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from ctypes import c_double, c_int64, c_void_p
 from enum import IntEnum
+from typing import Any
 
 from kvfold.native.library import library
+
+_timers: list[Any] = []
 
 
 class Kind(IntEnum):
@@ -30,4 +34,17 @@ class Program:
         self._ops = (_Op * len(calls))(*(_Op(kind, ctypes.addressof(call)) for kind, call in calls))
 
     def run(self) -> None:
-        library().kvfold_run(self._ops, len(self._ops))
+        library().kvfold_run(self._ops, len(self._ops), _timers[-1] if _timers else None)
+
+
+@contextmanager
+def timing() -> Iterator[Mapping[Kind, float]]:
+    """While it lasts, programs add up the seconds that each kind of call takes; to be read at the end."""
+    seconds = (c_double * len(Kind))()
+    found: dict[Kind, float] = {}
+    _timers.append(seconds)
+    try:
+        yield found
+    finally:
+        _timers.pop()
+        found |= {kind: seconds[kind] for kind in Kind}
