@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def main() -> None:
     options = parse()
-    chosen = [c for c in configurations(options.weights or ["bf16"]) if not options.only or _named(c, options.only)]
+    chosen = [
+        c for c in configurations(options.weights or ["bf16", "int8"]) if not options.only or _named(c, options.only)
+    ]
     cells = [cell for cell in (QUICK if options.quick else CELLS) if not options.cell or cell.name in options.cell]
     if not chosen or not cells:
         raise SystemExit("nothing to measure: --only or --cell names nothing that there is")
@@ -65,7 +67,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", help="part of a configuration's name; may be repeated")
     parser.add_argument("--cell", action="append", help='such as "decode 8 x 8192"; may be repeated')
-    parser.add_argument("--weights", action="append", help="of kvfold: bf16 (default), fp32, auto; may be repeated")
+    parser.add_argument(
+        "--weights", action="append", help="of kvfold: bf16 and int8 (default), int4, fp32, auto; may be repeated"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a repetition")

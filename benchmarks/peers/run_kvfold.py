@@ -8,8 +8,15 @@ import torch
 import kvfold
 from benchmarks.peers.protocol import Prompts, serve
 from kvfold import LLM, SamplingParams
+from kvfold.model.linear import Linear
 
-DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+WEIGHTS = {
+    "auto": {},
+    "fp32": {"dtype": "float32", "kv_dtype": "bfloat16"},
+    "bf16": {"weights": "bfloat16"},
+    "int8": {"weights": "int8"},
+    "int4": {"weights": "int4"},
+}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 DENSE_TOKEN = 23_040
 """Bytes of a token in a dense 16-bit cache of SmolLM2-135M."""
@@ -22,20 +29,27 @@ class KVFold:
             options.model,
             kv=options.kv,
             kv_memory=options.batch * room * DENSE_TOKEN,
-            dtype=DTYPES[options.weights],
             max_sequences=options.batch,
             prefix_caching=False,
             threads=options.threads,
+            **WEIGHTS[options.weights],
         )
         self.engine = self.llm.engine
         self.options = options
 
     def about(self) -> dict[str, Any]:
-        decoder = self.llm.model.decoder
+        decoder, own = self.llm.model.decoder, self.options.weights
         kv = "bf16" if self.options.kv == "none" else self.options.kv
-        weights = sum(p.numel() * p.element_size() for p in tensors(decoder.weights))
-        named = {"weights": NAMES[decoder.dtype], "kv": kv, "weight_bytes": weights}
+        weights = NAMES[decoder.dtype] if own == "auto" else own
+        named = {"weights": weights, "kv": kv, "weight_bytes": sum(each.nbytes for each in self._layers())}
         return {"peer": "kvfold", "version": kvfold.__version__, **named}
+
+    def _layers(self) -> list[Linear]:
+        """Everything that a step reads."""
+        weights = self.llm.model.decoder.weights
+        mlps = [linear for layer in weights.layers for linear in (layer.mlp.up, layer.mlp.down)]
+        attention = [linear for own in self.engine.lanes[0].weights for linear in (own.qkv, own.out)]
+        return [weights.head, *mlps, *attention]
 
     def read(self, prompts: Prompts) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=self.options.context, ignore_eos=True)
@@ -57,21 +71,6 @@ class KVFold:
         for request in self.ids:
             self.engine.abort(request)
         self.ids = []
-
-
-def tensors(owner: Any) -> list[torch.Tensor]:
-    """All different tensors in a tree of dataclasses and lists; tied weights count once."""
-    found: dict[int, torch.Tensor] = {}
-    stack = [owner]
-    while stack:
-        each = stack.pop()
-        if isinstance(each, torch.Tensor):
-            found[each.data_ptr()] = each
-        elif isinstance(each, (list, tuple)):
-            stack += each
-        elif hasattr(each, "__dict__"):
-            stack += vars(each).values()
-    return list(found.values())
 
 
 if __name__ == "__main__":
