@@ -90,9 +90,8 @@ def test_formats_with_sums_go_to_the_reference() -> None:
 
 
 def test_structures_have_the_size_that_the_library_expects() -> None:
-    loaded = library.library()
-    assert ctypes.sizeof(calls.LayerCall) == loaded.kvfold_layer_size()
-    assert ctypes.sizeof(calls.StepInfo) == loaded.kvfold_step_size()
+    expected = [library.library().kvfold_struct_size(which) for which in range(len(calls.STRUCTURES))]
+    assert [ctypes.sizeof(structure) for structure in calls.STRUCTURES] == expected
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ def units(x86: bool) -> list[tuple[str, list[str]]]:
     """(source, flags) of everything that is compiled."""
     common: list[tuple[str, list[str]]] = [("format.cpp", []), ("encode.cpp", []), ("portable.cpp", [])]
     detect = ["-DKVFOLD_X86"] if x86 else []
-    common += [("attend.cpp", ["-fopenmp"]), ("library.cpp", detect)]
+    common += [("work.cpp", ["-fopenmp"]), ("sealed.cpp", []), ("staged.cpp", ["-fopenmp"]), ("frame.cpp", [])]
+    common += [("library.cpp", detect)]
     if not x86:
         return common
     return [

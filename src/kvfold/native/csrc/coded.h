@@ -240,22 +240,28 @@ inline void raw_values(const Row& row, int units, int m, CodedScratch& w) {
     }
 }
 
-// Adds one batch of units, the first being row `number`, to what was found.
-template <int M>
-void add_units(const Format& fmt, Tile& tile, int64_t number, int units, CodedScratch& w) {
+// Scores of one batch of units. with_values: values are going to be read, too.
+template <int M, bool with_values>
+void score_units(const Format& fmt, const Tile& tile, int units, CodedScratch& w) {
     constexpr int U = M <= 4 ? 2 : 1;  // as many sums as there are registers
     for (int unit = 0; unit < units; unit += U) {
         for (int u = unit; u < unit + U && w.next[u].key; ++u) {
             prefetch(w.next[u].key, fmt.key.unit_bytes);
-            prefetch(w.next[u].value, fmt.value.unit_bytes);
+            if (with_values) prefetch(w.next[u].value, fmt.value.unit_bytes);
         }
         if (unit + U <= units)
             key_products<M, U>(fmt.key, fmt.block, tile, unit, w);
         else
             key_products<M, 1>(fmt.key, fmt.block, tile, unit, w);
     }
+}
+
+// Adds one batch of units, the first being row `number`, to what was found.
+template <int M>
+void add_units(const Format& fmt, Tile& tile, int64_t number, int units, CodedScratch& w) {
+    score_units<M, true>(fmt, tile, units, w);
     for (int m = 0; m < M; ++m) {
-        absorb(tile, m, number, units, w.score[m], w.shrink[m], w.worth[m]);
+        absorb(tile, m, number, kUnit * units, w.score[m], w.shrink[m], w.worth[m]);
         raw_values(fmt.value, units, m, w);
     }
     for (int s = 0; s < span_count(fmt.value); ++s) {
@@ -285,22 +291,9 @@ inline void collect(const Row& row, Tile& tile, const CodedScratch& w) {
     }
 }
 
-template <int M>
-void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
-    static_assert(sizeof(CodedScratch) <= sizeof(Scratch));
-    auto& w = *reinterpret_cast<CodedScratch*>(scratch.bytes);
-    Tile found;
-    found.clear(M, tile.dim);
-    for (int m = 0; m < M; ++m) {
-        found.query[m] = tile.query[m];
-        found.first[m] = tile.first[m];
-        found.last[m] = tile.last[m];
-        std::fill_n(w.raw[m], fmt.value.raw, 0.f);
-        std::fill_n(w.total[m], span_count(fmt.value), 0.f);
-        std::fill_n(w.lows[m], span_count(fmt.value), 0.f);
-        std::memset(w.sums[m], 0, sizeof(w.sums[m][0]) * fmt.value.quads.size());
-    }
-    round_query(fmt.key, found, w);
+// Calls add(number, units) for the units of runs, one batch of them after the other, the next one being known.
+template <class Add>
+void each_batch(const Format& fmt, const Run* runs, int count, CodedScratch& w, Add add) {
     const int key_size = fmt.key.scale == Scale::Step ? 1 : 2, value_size = fmt.value.scale == Scale::Step ? 1 : 2;
     const Run* run = runs;
     int row = count ? run->first : 0;
@@ -331,10 +324,39 @@ void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count, Scr
         w.units = w.batches[batch];
         w.next = w.batches[batch ^ 1];
         const int more = list(w.batches[batch ^ 1]);
-        add_units<M>(fmt, found, number, units, w);
+        add(number, units);
         number += kUnit * units;
         units = more;
     }
+}
+
+template <int M>
+void receive_coded(const Format& fmt, const Tile& tile, const Run* runs, int count, float power, float* mass, Scratch& scratch) {
+    auto& w = *reinterpret_cast<CodedScratch*>(scratch.bytes);
+    round_query(fmt.key, tile, w);
+    each_batch(fmt, runs, count, w, [&](int64_t number, int units) {
+        score_units<M, false>(fmt, tile, units, w);
+        add_received(tile, number, kUnit * units, w.score, power, mass);
+    });
+}
+
+template <int M>
+void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
+    static_assert(sizeof(CodedScratch) <= sizeof(Scratch));
+    auto& w = *reinterpret_cast<CodedScratch*>(scratch.bytes);
+    Tile found;
+    found.clear(M, tile.dim);
+    for (int m = 0; m < M; ++m) {
+        found.query[m] = tile.query[m];
+        found.first[m] = tile.first[m];
+        found.last[m] = tile.last[m];
+        std::fill_n(w.raw[m], fmt.value.raw, 0.f);
+        std::fill_n(w.total[m], span_count(fmt.value), 0.f);
+        std::fill_n(w.lows[m], span_count(fmt.value), 0.f);
+        std::memset(w.sums[m], 0, sizeof(w.sums[m][0]) * fmt.value.quads.size());
+    }
+    round_query(fmt.key, found, w);
+    each_batch(fmt, runs, count, w, [&](int64_t number, int units) { add_units<M>(fmt, found, number, units, w); });
     collect(fmt.value, found, w);
     merge(tile, found);
 }

@@ -54,6 +54,12 @@ struct alignas(64) Scratch {
 struct Kernels {
     // Adds what `count` runs of one format hold to the tile. Runs of coded rows consist of whole units.
     void (*attend)(const Format&, Tile&, const Run*, int count, Scratch&);
+    // Adds to mass[number] what each row of the runs received: the sum of 2^(power (score - most)) over the queries that
+    // see it, `most` being their final log-sum-exp to base 2.
+    void (*receive)(const Format&, const Tile&, const Run*, int count, float power, float* mass, Scratch&);
+    // Products of a matrix [dim][dim], of which `kept` columns count: out [kept] = x [dim] matrix, out [dim] = matrix u [kept].
+    void (*turn)(const float* matrix, int dim, int kept, const float* x, float* out);
+    void (*lift)(const float* matrix, int dim, int kept, const float* u, float* out);
     const char* name;
     const Kernels* exact;  // those that do not round float32 queries and weights to 16 bits
 };

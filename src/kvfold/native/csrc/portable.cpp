@@ -71,26 +71,33 @@ void decode(const Row& row, int block, const uint8_t* data, int unit, Numbers& o
     }
 }
 
+// Scores of 16 tokens, kNone for those that a query does not see. Returns the largest.
+float score(const Tile& tile, int m, int kept, const Numbers& keys, int64_t number, int tokens, float (&out)[kUnit]) {
+    std::fill_n(out, kUnit, 0.f);
+    for (int d = 0; d < kept; ++d) {
+        const float q = tile.query[m][d];
+        for (int t = 0; t < kUnit; ++t) out[t] += q * keys[d][t];
+    }
+    float most = kNone;
+    for (int t = 0; t < kUnit; ++t) {
+        const bool seen = t < tokens && number + t >= tile.first[m] && number + t < tile.last[m];
+        if (!seen) out[t] = kNone;
+        most = std::max(most, out[t]);
+    }
+    return most;
+}
+
 // Online softmax over 16 tokens.
 void add(Tile& tile, int kept_keys, const Numbers& keys, int kept_values, const Numbers& values, int64_t number, int tokens) {
     for (int m = 0; m < tile.rows; ++m) {
-        float score[kUnit] = {};
-        for (int d = 0; d < kept_keys; ++d) {
-            const float q = tile.query[m][d];
-            for (int t = 0; t < kUnit; ++t) score[t] += q * keys[d][t];
-        }
-        float most = tile.most[m];
-        for (int t = 0; t < kUnit; ++t) {
-            const bool seen = t < tokens && number + t >= tile.first[m] && number + t < tile.last[m];
-            if (!seen) score[t] = kNone;
-            most = std::max(most, score[t]);
-        }
+        float weight[kUnit];
+        const float most = std::max(tile.most[m], score(tile, m, kept_keys, keys, number, tokens, weight));
         if (most == kNone) continue;
         const float shrink = std::exp2(tile.most[m] - most);
         float sum = 0;
         for (int t = 0; t < kUnit; ++t) {
-            score[t] = std::exp2(score[t] - most);
-            sum += score[t];
+            weight[t] = std::exp2(weight[t] - most);
+            sum += weight[t];
         }
         tile.most[m] = most;
         tile.sum[m] = tile.sum[m] * shrink + sum;
@@ -98,45 +105,79 @@ void add(Tile& tile, int kept_keys, const Numbers& keys, int kept_values, const 
         for (int d = 0; d < kept_values; ++d) {
             float total = 0;
             // What nobody wrote may be NaN; its weight is 0.
-            for (int t = 0; t < kUnit; ++t) total += score[t] == 0 ? 0.f : score[t] * values[d][t];
+            for (int t = 0; t < kUnit; ++t) total += weight[t] == 0 ? 0.f : weight[t] * values[d][t];
             out[d] = out[d] * shrink + total;
         }
         for (int d = kept_values; d < tile.dim; ++d) out[d] *= shrink;
     }
 }
 
-void raw_tokens(const Format& fmt, const uint8_t* data, int tokens, Numbers& keys, Numbers& values) {
-    for (int t = 0; t < kUnit; ++t, data += fmt.block_bytes) {
-        const bool there = t < tokens;
-        for (int d = 0; d < fmt.key.kept; ++d)
-            keys[d][t] = there ? read_raw(data + d * fmt.key.raw_bits / 8, fmt.key.raw_bits) : 0;
-        for (int d = 0; d < fmt.value.kept; ++d)
-            values[d][t] = there ? read_raw(data + fmt.key_bytes + d * fmt.value.raw_bits / 8, fmt.value.raw_bits) : 0;
-    }
+// One side of uncompressed tokens, `stride` bytes apart.
+void read_tokens(const Row& row, const uint8_t* data, int stride, int tokens, Numbers& out) {
+    for (int t = 0; t < kUnit; ++t, data += stride)
+        for (int d = 0; d < row.kept; ++d) out[d][t] = t < tokens ? read_raw(data + d * row.raw_bits / 8, row.raw_bits) : 0;
+}
+
+// Keys or values of the unit that holds row `row` of a page.
+void read_unit(const Format& fmt, const Row& side, const uint8_t* page, int row, int tokens, Numbers& out) {
+    const uint8_t* block = page + size_t(row / fmt.block) * fmt.block_bytes + (&side == &fmt.key ? 0 : fmt.key_bytes);
+    if (fmt.raw())
+        read_tokens(side, block, fmt.block_bytes, tokens, out);
+    else
+        decode(side, fmt.block, block, row % fmt.block / kUnit, out);
+}
+
+// Calls add(page, row, number, tokens) for up to 16 tokens of the runs at a time.
+template <class Add>
+void each_unit(const Run* runs, int count, Add add) {
+    for (; count--; ++runs)
+        for (int row = runs->first; row < runs->last; row += kUnit)
+            add(runs->page, row, runs->number + row - runs->first, std::min(kUnit, runs->last - row));
 }
 
 void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
     static_assert(2 * sizeof(Numbers) <= sizeof(Scratch));
     auto* sides = reinterpret_cast<Numbers*>(scratch.bytes);
-    Numbers &keys = sides[0], &values = sides[1];
-    for (; count--; ++runs) {
-        for (int row = runs->first; row < runs->last; row += kUnit) {
-            const int tokens = std::min(kUnit, runs->last - row);
-            const uint8_t* block = runs->page + size_t(row / fmt.block) * fmt.block_bytes;
-            if (fmt.raw()) {
-                raw_tokens(fmt, block, tokens, keys, values);
-            } else {
-                const int unit = row % fmt.block / kUnit;
-                decode(fmt.key, fmt.block, block, unit, keys);
-                decode(fmt.value, fmt.block, block + fmt.key_bytes, unit, values);
-            }
-            add(tile, fmt.key.kept, keys, fmt.value.kept, values, runs->number + row - runs->first, tokens);
+    each_unit(runs, count, [&](const uint8_t* page, int row, int64_t number, int tokens) {
+        read_unit(fmt, fmt.key, page, row, tokens, sides[0]);
+        read_unit(fmt, fmt.value, page, row, tokens, sides[1]);
+        add(tile, fmt.key.kept, sides[0], fmt.value.kept, sides[1], number, tokens);
+    });
+}
+
+void receive(const Format& fmt, const Tile& tile, const Run* runs, int count, float power, float* mass, Scratch& scratch) {
+    auto& keys = *reinterpret_cast<Numbers*>(scratch.bytes);
+    each_unit(runs, count, [&](const uint8_t* page, int row, int64_t number, int tokens) {
+        read_unit(fmt, fmt.key, page, row, tokens, keys);
+        for (int m = 0; m < tile.rows; ++m) {
+            float scores[kUnit];
+            score(tile, m, fmt.key.kept, keys, number, tokens, scores);
+            for (int t = 0; t < kUnit; ++t)
+                if (scores[t] != kNone) mass[number + t] += std::exp2(power * (scores[t] - tile.most[m]));
         }
+    });
+}
+
+void turn(const float* matrix, int dim, int kept, const float* x, float* out) {
+    std::fill_n(out, kept, 0.f);
+    for (int d = 0; d < dim; ++d)
+        for (int i = 0; i < kept; ++i) out[i] += x[d] * matrix[d * dim + i];
+}
+
+void lift(const float* matrix, int dim, int kept, const float* u, float* out) {
+    constexpr int lanes = 8;
+    for (int d = 0; d < dim; ++d, matrix += dim) {
+        float sums[lanes] = {};
+        int i = 0;
+        for (; i + lanes <= kept; i += lanes)
+            for (int lane = 0; lane < lanes; ++lane) sums[lane] += matrix[i + lane] * u[i + lane];
+        for (; i < kept; ++i) sums[i % lanes] += matrix[i] * u[i];
+        out[d] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
     }
 }
 
 }  // namespace
 
-extern const Kernels KVFOLD_PORTABLE{attend, KVFOLD_NAME, &KVFOLD_PORTABLE};
+extern const Kernels KVFOLD_PORTABLE{attend, receive, turn, lift, KVFOLD_NAME, &KVFOLD_PORTABLE};
 
 }  // namespace kvfold
