@@ -23,6 +23,18 @@ WATCHES = (
 
 
 @st.composite
+def sides(draw: st.DrawFn, frame: str, dim: int, block: int, raw_bits: int, kv_heads: int) -> list[Row]:
+    """Rows of one side in one kind of coordinates, per head; some kinds need all dimensions, or heads alike."""
+    whole = frame in ("scaled", "plain scaled", "factored")
+    if block == 1:
+        return [Row((Segment(raw_bits, dim if whole else draw(st.integers(1, dim))),))] * kv_heads
+    if whole:
+        scales = st.sampled_from(list(Scale))
+        return [Row((Segment(draw(st.integers(1, 8)), dim),), draw(scales)) for _ in range(kv_heads)]
+    return [draw(rows(dim, block, list(Scale), raw_bits)) for _ in range(kv_heads)]
+
+
+@st.composite
 def cases(draw: st.DrawFn) -> Case:
     dim = draw(st.sampled_from([32, 40, 64, 80, 128, 256]))
     raw_bits = draw(st.sampled_from([16, 16, 32]))
@@ -33,16 +45,9 @@ def cases(draw: st.DrawFn) -> Case:
     for _ in range(draw(st.integers(0, 3))):
         frame = (draw(st.sampled_from(FRAMES)), draw(st.sampled_from(FRAMES)))
         frames.append(frame)
-        if "selected" in frame:
-            kept = [draw(st.integers(1, dim)) for _ in range(2)]
-            key, value = (Row((Segment(raw_bits, n),)) for n in kept)
-            coded.append((PageFormat(page, dim, 1, key, value),) * kv_heads)
-            continue
-        block = draw(st.sampled_from([16, 16, 32]))
-        sides = [[draw(rows(dim, block, list(Scale), raw_bits)) for _ in range(2)] for _ in range(kv_heads)]
-        if not {"none", "mapped", "plain mapped", "rescaled"}.issuperset(frame):  # the others need all dimensions
-            sides = [[Row((Segment(bits, dim),), draw(st.sampled_from(list(Scale)))) for bits in (4, 8)]] * kv_heads
-        coded.append(tuple(PageFormat(page, dim, block, key, value) for key, value in sides))
+        block = 1 if "selected" in frame else draw(st.sampled_from([16, 16, 32]))
+        kinds = [draw(sides(kind, dim, block, raw_bits, kv_heads)) for kind in frame]
+        coded.append(tuple(PageFormat(page, dim, block, key, value) for key, value in zip(*kinds, strict=True)))
     shares = (1 / max(len(coded), 1),) * len(coded)
     layout = StagedLayout(
         raw_format(page, dim, raw_bits),
