@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from kvfold.attention.cpu.staged import CpuStagedPlan
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.kv.format import PageFormat, Row, Scale, Segment, raw_format
+from kvfold.kv.layout import CacheLayout
+from kvfold.kv.pool import PagePool
 from kvfold.kv.staged import StagedLayout, Watch
 from tests.attention.staged_cases import FRAMES, Case, farthest, taken
+from tests.attention.stepping import random_inputs, stepped
 from tests.attention.test_cpu import KERNELS, backend, rows
 
 PAGES = 800
@@ -115,13 +118,23 @@ def test_the_number_of_threads_changes_nothing_but_rounding() -> None:
             assert all(farthest(mass[watch], expected[watch]) < 1e-4 for watch in expected)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_one_kind_of_cache_leaves_nothing_to_the_other(kernels: str) -> None:
+    fast = backend(kernels)
+    near = raw_format(8192, 64)
+    layout = CacheLayout(((near,),), near, 0, 0, (None,), exact=True)
+    inputs = random_inputs([20], 1, 3, 1, 64, 0)
+    taken(fast, long_case((1,)), 2000)
+    ((out, lse),), ((out_r, lse_r),) = (stepped(b, layout, inputs, [[20]], 0.1)[0] for b in (fast, ReferenceBackend()))
+    torch.testing.assert_close(out, out_r, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse, lse_r, rtol=1e-3, atol=1e-3)
+
+
 def test_what_the_kernels_do_not_know_goes_to_the_reference() -> None:
     fast = backend("portable")
     small = PageFormat(8192, 64, 2, Row((Segment(4, 64),)), Row((Segment(4, 64),), Scale.STEP))
     known = long_case((1,)).layout
     unknown = StagedLayout(known.raw, known.windows, 2, (((small,) * 2,),), (1.0,))
-    from kvfold.kv.pool import PagePool
-
     pool = PagePool(1, 8192)
     assert isinstance(fast.plan(pool, known, [], 1.0), CpuStagedPlan)
     assert not isinstance(fast.plan(pool, unknown, [], 1.0), CpuStagedPlan)

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,8 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
     if not all(Path(path).is_absolute() for path in found):
         pytest.skip("the compiler has no sanitizers")
     script = Path(__file__).with_name("sanitized.py")
-    environment = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    checked = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **checked}
     done = subprocess.run(
         [sys.executable, str(script), str(built)], capture_output=True, text=True, check=False, env=environment
     )

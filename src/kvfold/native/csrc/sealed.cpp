@@ -137,7 +137,7 @@ class SealedCache : public Cache {
             from = std::min(from, tile.first[m]);
             to = std::max(to, tile.last[m]);
         }
-        add_pages(fmt, from, to, worker.runs, [&](int64_t row) { return c.far_page(task.step, task.head, row); });
+        list_pages(fmt, from, to, worker.runs, [&](int64_t row) { return c.far_page(task.step, task.head, row); });
         meet(fmt, tile, worker);
     }
 
@@ -149,20 +149,21 @@ class SealedCache : public Cache {
             tile.first[m] = c.sunk ? 0 : l.visible(t + 1);
             tile.last[m] = t + 1;
         }
-        add_near(task, c.sunk ? 0 : l.visible(start + 1), sinks, worker.runs);
+        list_near(task, c.sunk ? 0 : l.visible(start + 1), sinks, worker.runs);
         meet(c.near(), tile, worker);
         for (int m = 0; m < tile.rows; ++m) {
             const int64_t t = position(task, worker, m);
             tile.first[m] = std::max(l.visible(t + 1), c.sealed(t + 1));
         }
-        add_near(task, std::max(tile.first[0], c.sinks), last + 1, worker.runs);
+        list_near(task, std::max(tile.first[0], c.sinks), last + 1, worker.runs);
         meet(c.near(), tile, worker);
     }
 
-    // Near rows of positions [from, to), which lie on one side of the sinks' end.
-    void add_near(const Task& task, int64_t from, int64_t to, std::vector<Run>& runs) const {
+    // Makes `runs` the near rows of positions [from, to), which lie on one side of the sinks' end.
+    void list_near(const Task& task, int64_t from, int64_t to, std::vector<Run>& runs) const {
         const Format& fmt = c.near();
         const Band* band = own_band(task.step, task.head);
+        runs.clear();
         if (band && from < to) {
             runs.push_back({band->at(c, from), 0, int(to - from), from});
             return;
@@ -176,10 +177,8 @@ class SealedCache : public Cache {
         }
     }
 
-    // Meets the runs that were collected, which are done with then.
     void meet(const Format& fmt, Tile& tile, Worker& worker) const {
         if (!worker.runs.empty()) l.instructions().attend(fmt, tile, worker.runs.data(), int(worker.runs.size()), worker.scratch);
-        worker.runs.clear();
     }
 
     const Sealed& c;

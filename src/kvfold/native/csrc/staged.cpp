@@ -69,8 +69,7 @@ bool look(const Staged& c, const Track& track, const Range& range, Tile& tile, W
         tile.last[m] = std::min(range.to, seen.to);
         any = {std::min(any.from, tile.first[m]), std::max(any.to, tile.last[m])};
     }
-    worker.runs.clear();
-    add_pages(c.format(track), any.from, any.to, worker.runs, [&](int64_t row) { return c.page(track, row); });
+    list_pages(c.format(track), any.from, any.to, worker.runs, [&](int64_t row) { return c.page(track, row); });
     return !worker.runs.empty();
 }
 

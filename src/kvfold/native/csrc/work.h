@@ -29,11 +29,12 @@ struct Worker {
     std::vector<float> numbers;
 };
 
-// Lists the rows [from, to) of a head whose pages page_of(row) finds.
+// Makes `runs` the rows [from, to) of a head whose pages page_of(row) finds.
 template <class Find>
-void add_pages(const Format& fmt, int64_t from, int64_t to, std::vector<Run>& runs, Find page_of) {
+void list_pages(const Format& fmt, int64_t from, int64_t to, std::vector<Run>& runs, Find page_of) {
     // Runs of codes begin at multiples of their length, so that it does not matter who computes them; behind a window's
     // first page there is nothing.
+    runs.clear();
     if (!fmt.raw()) from = std::max(from / kRun * kRun, from / fmt.capacity * fmt.capacity);
     while (from < to) {
         const int64_t in_page = from % fmt.capacity, end = std::min(to, from - in_page + fmt.capacity);
