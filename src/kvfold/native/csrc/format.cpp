@@ -59,7 +59,7 @@ Row make_row(const int32_t*& words, int block, bool key) {
     const int size = grouped ? row.kept / row.groups : std::max(1, row.coded());
     // Keys of seven bits have their two codes spread over three bytes.
     const bool sevens = std::find(row.widths.begin(), row.widths.end(), 7) != row.widths.end();
-    row.fast = row.raw_bits == 16 && !(key && sevens) && row.scale != Scale::Channel;
+    row.fast = row.raw_bits == 16 && (key ? !sevens : row.scale != Scale::Channel);
     row.spans.push_back(0);
     for (int start = row.raw; start < row.kept; start += size) {
         for (int dim = start; dim < start + size; dim += 4) {
