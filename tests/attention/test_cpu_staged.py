@@ -16,6 +16,8 @@ from tests.attention.stepping import random_inputs, stepped
 from tests.attention.test_cpu import KERNELS, backend, rows
 
 PAGES = 800
+# Code widths that fill whole bytes of a block.
+WIDTHS = {2: (4, 8), 4: (2, 4, 6, 8), 8: range(1, 9), 16: range(1, 9), 32: range(1, 9)}
 WATCHES = (
     Watch(),
     Watch(5),
@@ -31,9 +33,9 @@ def sides(draw: st.DrawFn, frame: str, dim: int, block: int, raw_bits: int, kv_h
     whole = frame in ("scaled", "plain scaled", "factored")
     if block == 1:
         return [Row((Segment(raw_bits, dim if whole else draw(st.integers(1, dim))),))] * kv_heads
-    if whole:
-        scales = st.sampled_from(list(Scale))
-        return [Row((Segment(draw(st.integers(1, 8)), dim),), draw(scales)) for _ in range(kv_heads)]
+    if whole or block < 16:
+        scales, widths = st.sampled_from(list(Scale)), st.sampled_from(WIDTHS[block])
+        return [Row((Segment(draw(widths), dim),), draw(scales)) for _ in range(kv_heads)]
     return [draw(rows(dim, block, list(Scale), raw_bits)) for _ in range(kv_heads)]
 
 
@@ -48,7 +50,7 @@ def cases(draw: st.DrawFn) -> Case:
     for _ in range(draw(st.integers(0, 3))):
         frame = (draw(st.sampled_from(FRAMES)), draw(st.sampled_from(FRAMES)))
         frames.append(frame)
-        block = 1 if "selected" in frame else draw(st.sampled_from([16, 16, 32]))
+        block = 1 if "selected" in frame else draw(st.sampled_from([16, 16, 32, 2, 4, 8]))
         kinds = [draw(sides(kind, dim, block, raw_bits, kv_heads)) for kind in frame]
         coded.append(tuple(PageFormat(page, dim, block, key, value) for key, value in zip(*kinds, strict=True)))
     shares = (1 / max(len(coded), 1),) * len(coded)
@@ -130,11 +132,22 @@ def test_one_kind_of_cache_leaves_nothing_to_the_other(kernels: str) -> None:
     torch.testing.assert_close(lse, lse_r, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("bits", "block", "dim"), [(4, 2, 64), (2, 4, 40), (8, 1, 64), (1, 8, 128), (3, 8, 64)])
+def test_small_blocks(kernels: str, bits: int, block: int, dim: int) -> None:
+    """As ZipCache has them: blocks of the fewest tokens that fill whole bytes, over several pages."""
+    page = 8192
+    fmt = PageFormat(page, dim, block, Row((Segment(bits, dim),)), Row((Segment(bits, dim),), Scale.STEP))
+    layout = StagedLayout(raw_format(page, dim), (None,), 2, (((fmt,) * 2,),), (1.0,), watches=WATCHES)
+    compare(kernels, Case(layout, (("scaled", "scaled"),), (700, 301), (1, 5), 3, 5))
+
+
 def test_what_the_kernels_do_not_know_goes_to_the_reference() -> None:
     fast = backend("portable")
-    small = PageFormat(8192, 64, 2, Row((Segment(4, 64),)), Row((Segment(4, 64),), Scale.STEP))
+    row = Row((Segment(4, 64),), Scale.TOKEN, sums=True)
+    summed = PageFormat(8192, 64, 16, row, row)
     known = long_case((1,)).layout
-    unknown = StagedLayout(known.raw, known.windows, 2, (((small,) * 2,),), (1.0,))
+    unknown = StagedLayout(known.raw, known.windows, 2, (((summed,) * 2,),), (1.0,))
     pool = PagePool(1, 8192)
     assert isinstance(fast.plan(pool, known, [], 1.0), CpuStagedPlan)
     assert not isinstance(fast.plan(pool, unknown, [], 1.0), CpuStagedPlan)

@@ -82,12 +82,10 @@ STRUCTURES = (Step, Layer, SealedTables, SealedCall, FrameInfo, Tracks, WatchInf
 
 
 def supported(fmt: PageFormat) -> bool:
-    """Whether the kernels know this format. They do not keep sums of codes, nor units of another size."""
+    """Whether the kernels know this format. They do not keep sums of codes, nor units of odd sizes."""
     if fmt.key.sums or fmt.value.sums or fmt.head_dim > 256:
         return False
-    if fmt.block == 1:
-        return all(row.raw == row.kept for row in (fmt.key, fmt.value))
-    return fmt.block % UNIT == 0 and fmt.block <= 256
+    return fmt.block <= 256 and (fmt.block % UNIT == 0 or UNIT % fmt.block == 0)
 
 
 @cache

@@ -40,6 +40,7 @@ Row make_row(const int32_t*& words, int block, bool key) {
     row.scale = Scale(*words++);
     row.groups = *words++;
     row.kept = *words++;
+    row.unit = std::min(block, kUnit);
     for (int i = 0; i < row.kept; ++i) {
         const int bits = *words++;
         row.raw += bits >= 16;
@@ -47,11 +48,11 @@ Row make_row(const int32_t*& words, int block, bool key) {
         row.widths.push_back(uint8_t(bits));
         row.offsets.push_back(row.unit_bytes);
         row.centre.push_back(bits < 16 ? float((1 << bits) - 1) / 2 : 0.f);
-        row.unit_bytes += bits * kUnit / 8;
+        row.unit_bytes += bits * row.unit / 8;
     }
-    row.scales = row.unit_bytes * block / kUnit;
-    if (block == 1 || !row.kept) {
-        row.fast = block == 1 ? row.raw_bits == 16 : true;
+    row.scales = row.unit_bytes * block / row.unit;
+    if (block < kUnit || !row.kept) {
+        row.fast = !row.kept || (block == 1 && !row.coded() && row.raw_bits == 16);
         row.spans.assign(2, 0);
         return row;
     }

@@ -16,12 +16,13 @@ namespace {
 // One unit of keys or values as numbers, [dims][16].
 using Numbers = float[kMaxDim][kUnit];
 
-void unpack(const uint8_t* data, int width, float* out) {
+// `count` codes of one dimension, up to 16.
+void unpack(const uint8_t* data, int width, int count, float* out) {
     const uint64_t mask = (uint64_t(1) << width) - 1;
-    for (int half = 0; half < 2; ++half, data += width) {
+    for (int first = 0; first < count; first += 8, data += width) {
         uint64_t stream;
         std::memcpy(&stream, data, 8);
-        for (int i = 0; i < 8; ++i) out[8 * half + i] = float(stream >> (width * i) & mask);
+        for (int i = 0; i < std::min(8, count - first); ++i) out[first + i] = float(stream >> (width * i) & mask);
     }
 }
 
@@ -35,37 +36,38 @@ float step_of(uint8_t byte) {
     return std::exp2(float(int(byte) - 128) / kStepsPerOctave);
 }
 
-void decode(const Row& row, int block, const uint8_t* data, int unit, Numbers& out) {
+// A unit of a block, its tokens being put at `at`.
+void decode(const Row& row, int block, const uint8_t* data, int unit, int at, Numbers& out) {
     const uint8_t* codes = data + unit * row.unit_bytes;
     const uint8_t* scales = data + row.scales;
     for (int d = 0; d < row.kept; ++d) {
-        float* numbers = out[d];
+        float* numbers = out[d] + at;
         if (d < row.raw) {
-            for (int t = 0; t < kUnit; ++t) numbers[t] = read_raw(codes + row.offsets[d] + t * row.raw_bits / 8, row.raw_bits);
+            for (int t = 0; t < row.unit; ++t) numbers[t] = read_raw(codes + row.offsets[d] + t * row.raw_bits / 8, row.raw_bits);
             continue;
         }
-        unpack(codes + row.offsets[d], row.widths[d], numbers);
+        unpack(codes + row.offsets[d], row.widths[d], row.unit, numbers);
         if (row.scale == Scale::Static) {
-            for (int t = 0; t < kUnit; ++t) numbers[t] -= row.centre[d];
+            for (int t = 0; t < row.unit; ++t) numbers[t] -= row.centre[d];
         } else if (row.scale == Scale::Channel) {
             const float low = half_at(scales + 2 * d), step = half_at(scales + 2 * (row.kept + d));
-            for (int t = 0; t < kUnit; ++t) numbers[t] = numbers[t] * step + low;
+            for (int t = 0; t < row.unit; ++t) numbers[t] = numbers[t] * step + low;
         }
     }
     if (row.scale == Scale::Step) {
-        for (int t = 0; t < kUnit; ++t) {
-            const float step = step_of(scales[unit * kUnit + t]);
-            for (int d = 0; d < row.kept; ++d) out[d][t] = (out[d][t] - row.centre[d]) * step;
+        for (int t = 0; t < row.unit; ++t) {
+            const float step = step_of(scales[unit * row.unit + t]);
+            for (int d = 0; d < row.kept; ++d) out[d][at + t] = (out[d][at + t] - row.centre[d]) * step;
         }
     }
     if (row.scale == Scale::Token) {
         const int size = row.kept / row.groups;
         for (int g = 0; g < row.groups; ++g) {
-            const uint8_t* low = scales + 2 * (g * block + unit * kUnit);
+            const uint8_t* low = scales + 2 * (g * block + unit * row.unit);
             const uint8_t* step = low + 2 * row.groups * block;
-            for (int t = 0; t < kUnit; ++t) {
+            for (int t = 0; t < row.unit; ++t) {
                 const float a = half_at(step + 2 * t), b = half_at(low + 2 * t);
-                for (int d = g * size; d < (g + 1) * size; ++d) out[d][t] = out[d][t] * a + b;
+                for (int d = g * size; d < (g + 1) * size; ++d) out[d][at + t] = out[d][at + t] * a + b;
             }
         }
     }
@@ -118,13 +120,13 @@ void read_tokens(const Row& row, const uint8_t* data, int stride, int tokens, Nu
         for (int d = 0; d < row.kept; ++d) out[d][t] = t < tokens ? read_raw(data + d * row.raw_bits / 8, row.raw_bits) : 0;
 }
 
-// Keys or values of the unit that holds row `row` of a page.
-void read_unit(const Format& fmt, const Row& side, const uint8_t* page, int row, int tokens, Numbers& out) {
-    const uint8_t* block = page + size_t(row / fmt.block) * fmt.block_bytes + (&side == &fmt.key ? 0 : fmt.key_bytes);
-    if (fmt.raw())
-        read_tokens(side, block, fmt.block_bytes, tokens, out);
-    else
-        decode(side, fmt.block, block, row % fmt.block / kUnit, out);
+// Keys or values of up to 16 tokens of a page from row `row` on.
+void read_rows(const Format& fmt, const Row& side, const uint8_t* page, int row, int tokens, Numbers& out) {
+    for (int t = 0; t < tokens; t += side.unit, row += side.unit) {
+        const uint8_t* block = page + size_t(row / fmt.block) * fmt.block_bytes + (&side == &fmt.key ? 0 : fmt.key_bytes);
+        if (fmt.raw()) return read_tokens(side, block, fmt.block_bytes, tokens, out);
+        decode(side, fmt.block, block, row % fmt.block / side.unit, t, out);
+    }
 }
 
 // Calls add(page, row, number, tokens) for up to 16 tokens of the runs at a time.
@@ -139,8 +141,8 @@ void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& 
     static_assert(2 * sizeof(Numbers) <= sizeof(Scratch));
     auto* sides = reinterpret_cast<Numbers*>(scratch.bytes);
     each_unit(runs, count, [&](const uint8_t* page, int row, int64_t number, int tokens) {
-        read_unit(fmt, fmt.key, page, row, tokens, sides[0]);
-        read_unit(fmt, fmt.value, page, row, tokens, sides[1]);
+        read_rows(fmt, fmt.key, page, row, tokens, sides[0]);
+        read_rows(fmt, fmt.value, page, row, tokens, sides[1]);
         add(tile, fmt.key.kept, sides[0], fmt.value.kept, sides[1], number, tokens);
     });
 }
@@ -148,7 +150,7 @@ void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& 
 void receive(const Format& fmt, const Tile& tile, const Run* runs, int count, float power, float* mass, Scratch& scratch) {
     auto& keys = *reinterpret_cast<Numbers*>(scratch.bytes);
     each_unit(runs, count, [&](const uint8_t* page, int row, int64_t number, int tokens) {
-        read_unit(fmt, fmt.key, page, row, tokens, keys);
+        read_rows(fmt, fmt.key, page, row, tokens, keys);
         for (int m = 0; m < tile.rows; ++m) {
             float scores[kUnit];
             score(tile, m, fmt.key.kept, keys, number, tokens, scores);

@@ -35,7 +35,7 @@ void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& 
 }
 
 void receive(const Format& fmt, const Tile& tile, const Run* runs, int count, float power, float* mass, Scratch& scratch) {
-    if (!fmt.key.fast) return kAvx2.receive(fmt, tile, runs, count, power, mass, scratch);
+    if (!(fmt.key.fast && fmt.value.fast)) return kAvx2.receive(fmt, tile, runs, count, power, mass, scratch);
     using Receive = void (*)(const Format&, const Tile&, const Run*, int, float, float*, Scratch&);
     static constexpr Receive by_rows[] = {receive_rows<1>, receive_rows<2>, receive_rows<3>, receive_rows<4>,
                                           receive_rows<5>, receive_rows<6>, receive_rows<7>, receive_rows<8>};
