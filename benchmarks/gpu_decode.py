@@ -12,8 +12,10 @@ from kvfold.attention.base import Plan
 from kvfold.attention.triton.backend import TritonBackend
 from kvfold.attention.triton.graph import DecodeGraphs
 from kvfold.methods.base import AttentionWeights
-from kvfold.model.blocks import DecoderWeights, LayerWeights, Mlp, Norm
+from kvfold.model.blocks import DecoderWeights, LayerWeights, Mlp
 from kvfold.model.decoder import Decoder, Lane
+from kvfold.model.elementwise import Gate, Norm
+from kvfold.model.linear import Projections, TorchLinear
 from kvfold.model.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 
@@ -43,29 +45,29 @@ def random_decoder(size: Size, device: torch.device) -> Decoder:
     def norm() -> Norm:
         return Norm("rms", torch.ones(size.hidden, dtype=torch.bfloat16, device=device), None, 1e-5)
 
-    def layer() -> LayerWeights:
+    def layer() -> tuple[AttentionWeights, LayerWeights]:
         heads = shape.heads + 2 * shape.kv_heads
         attention = AttentionWeights(
             weight(heads * shape.head_dim, size.hidden), None, weight(size.hidden, shape.heads * shape.head_dim), None
         )
         up, down = weight(2 * size.intermediate, size.hidden), weight(size.hidden, size.intermediate)
-        mlp = Mlp("silu", True, up, None, down, None)
-        return LayerWeights(attention, norm(), norm(), mlp, None, None, None)
+        mlp = Mlp(TorchLinear(up), Gate("silu", True), TorchLinear(down))
+        return attention, LayerWeights(norm(), norm(), mlp, None, None, None)
 
-    layers = tuple(layer() for _ in range(size.layers))
-    embedding = weight(size.vocab, size.hidden)
-    return Decoder(spec, DecoderWeights(embedding, None, layers, norm(), weight(size.vocab, size.hidden)))
+    attention, layers = zip(*(layer() for _ in range(size.layers)), strict=True)
+    embedding, head = weight(size.vocab, size.hidden), TorchLinear(weight(size.vocab, size.hidden))
+    return Decoder(spec, DecoderWeights(embedding, None, attention, layers, norm(), head))
 
 
-def with_maps(decoder: Decoder, shape: Shape) -> list[AttentionWeights]:
+def with_maps(decoder: Decoder, shape: Shape) -> list[Projections]:
     """The weights with what ZeroC adds to a model with RoPE: one product per new key and query."""
     device, dtype, d = decoder.device, decoder.dtype, shape.head_dim
     weights = []
-    for own in decoder.attention_weights:
+    for own in decoder.projections:
         q, _ = torch.linalg.qr(torch.randn(shape.kv_heads, d, d, device=device))
         maps = q.to(dtype)
         shift = torch.zeros(shape.kv_heads, d, dtype=dtype, device=device)
-        weights.append(AttentionWeights(own.qkv, None, own.out, None, maps, maps, shift))
+        weights.append(Projections(own.qkv, own.out, maps, maps, shift))
     return weights
 
 
@@ -104,7 +106,7 @@ def _steps(
 ) -> dict[str, Any]:
     device = decoder.device
     held = Held(layout_of(name, size.shape, size.layers), batch, context, device)
-    weights = decoder.attention_weights if name == "dense" else with_maps(decoder, size.shape)
+    weights = decoder.projections if name == "dense" else with_maps(decoder, size.shape)
 
     def forward(token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

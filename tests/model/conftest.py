@@ -34,7 +34,7 @@ def plain_attend(spec: ModelSpec) -> Callable[[int, Tensor, Tensor, Tensor], Ten
 
 def run_plain(decoder: Decoder, ids: Tensor, **lane: Any) -> Tensor:
     """Logits [T, V] of one sequence."""
-    fields = {"weights": decoder.attention_weights, "attend": plain_attend(decoder.spec)} | lane
+    fields = {"weights": decoder.projections, "attend": plain_attend(decoder.spec)} | lane
     hidden = decoder.forward(ids, torch.arange(len(ids)), [Lane(slice(0, len(ids)), **fields)])
     return decoder.logits(hidden)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfold.methods.base import AttentionWeights
 from kvfold.model.decoder import Decoder, Lane
+from kvfold.model.linear import Projections
 from kvfold.model.loading import load_model
 
 
@@ -18,8 +18,8 @@ def decoder(tiny_llama: Any) -> Decoder:
     return load_model(tiny_llama[0], dtype=torch.float32).decoder
 
 
-def folded(decoder: Decoder, **maps: Tensor) -> list[AttentionWeights]:
-    return [replace(weights, **maps) for weights in decoder.attention_weights]
+def folded(decoder: Decoder, **maps: Tensor) -> list[Projections]:
+    return [replace(weights, **maps) for weights in decoder.projections]
 
 
 def random_map(decoder: Decoder) -> Tensor:
@@ -34,7 +34,7 @@ def test_two_lanes_equal_two_forwards(
 ) -> None:
     parts = token_ids[:15], token_ids[15:]
     maps = random_map(decoder)
-    weights = decoder.attention_weights, folded(decoder, query_map=maps, key_map=maps)
+    weights = decoder.projections, folded(decoder, query_map=maps, key_map=maps)
     attend = attend_for(decoder.spec)
     lanes = [Lane(slice(0, 15), weights[0], attend), Lane(slice(15, 40), weights[1], attend)]
     positions = torch.cat([torch.arange(15), torch.arange(25)])
@@ -47,7 +47,7 @@ def test_positions_are_logical(
     decoder: Decoder, token_ids: Tensor, attend_for: Callable[..., Any], run: Callable[..., Tensor]
 ) -> None:
     """RoPE sees only differences of positions, so shifting all of them changes nothing; stretching does."""
-    lanes = [Lane(slice(0, 40), decoder.attention_weights, attend_for(decoder.spec))]
+    lanes = [Lane(slice(0, 40), decoder.projections, attend_for(decoder.spec))]
     expected = run(decoder, token_ids)
     shifted = decoder.logits(decoder.forward(token_ids, torch.arange(40) + 20, lanes))
     stretched = decoder.logits(decoder.forward(token_ids, torch.arange(40) * 2, lanes))
@@ -124,6 +124,6 @@ def test_gradients_reach_values_of_every_layer(
 def test_lanes_must_cover_the_batch(
     slices: list[slice], decoder: Decoder, token_ids: Tensor, attend_for: Callable[..., Any]
 ) -> None:
-    lanes = [Lane(tokens, decoder.attention_weights, attend_for(decoder.spec)) for tokens in slices]
+    lanes = [Lane(tokens, decoder.projections, attend_for(decoder.spec)) for tokens in slices]
     with pytest.raises(ValueError, match="lane"):
         decoder.forward(token_ids, torch.arange(40), lanes)

@@ -129,6 +129,23 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(
     assert (logits - exact).norm() <= 1.5 * (rounded - exact).norm()
 
 
+@pytest.mark.parametrize("name", ["llama-biases", "llama-tied", "qwen3", "gemma3", "opt", "gpt2"])
+@pytest.mark.parametrize(("bits", "bound"), [(16, 0.02), (8, 0.08)])
+def test_packed_weights_are_nearly_the_same_model(
+    name: str, bits: int, bound: float, save_model: Callable[..., Any], token_ids: Tensor, run: Callable[..., Tensor]
+) -> None:
+    """Everything in float32 but the weights (and, where they are coded, the activations before each product)."""
+    directory, reference = save_model(CONFIGS[name]())
+    decoder = load_model(directory, dtype=torch.float32).decoder
+    decoder.pack(bits)
+    with torch.inference_mode():
+        expected = reference(token_ids[None]).logits[0]
+        logits = run(decoder, token_ids)
+    assert logits.dtype == torch.float32
+    error = (logits - expected).norm() / expected.norm()
+    assert error <= bound
+
+
 def test_window_hides_what_is_older(
     save_model: Callable[..., Any], token_ids: Tensor, run: Callable[..., Tensor]
 ) -> None:

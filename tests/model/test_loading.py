@@ -48,7 +48,7 @@ def test_tied_embeddings_share_memory(
     loaded = load_model(save_model(make_llama_config(tie_word_embeddings=tied))[0], dtype=torch.bfloat16)
     weights = loaded.decoder.weights
     assert loaded.spec.tie_embeddings == tied
-    assert (weights.head.data_ptr() == weights.embedding.data_ptr()) == tied
+    assert (weights.head.weight.data_ptr() == weights.embedding.data_ptr()) == tied
 
 
 def test_weights_outlive_their_files(tiny_llama: Any, token_ids: Tensor, run: Callable[..., Tensor]) -> None:

@@ -83,7 +83,7 @@ class Capture:
             window = spec.layer_specs[layer].window
             return tapped_attention(q, k, v, spec.attention_scale, window, near_start, SINKS, receive)
 
-        lane = Lane(slice(0, count), self._decoder.attention_weights, attend)
+        lane = Lane(slice(0, count), self._decoder.projections, attend)
         hidden = self._decoder.forward(tokens, first + positions, [lane])
         tiles = zip(hidden[:-1].split(LOGIT_TILE), tokens[1:].split(LOGIT_TILE), strict=True)
         loss = torch.stack([checkpoint(self._nll, *tile, use_reentrant=False) for tile in tiles]).sum()

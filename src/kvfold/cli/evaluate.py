@@ -45,6 +45,7 @@ def perplexity(
         str | None, typer.Option("--kv-memory", help="Memory for KV pages (default: what four windows need).")
     ] = None,
     dtype: options.Dtype = "auto",
+    weights: options.Weights = "auto",
     calibration: options.Calibration = None,
     json: options.Json = False,
 ) -> None:
@@ -65,6 +66,7 @@ def perplexity(
         stop=stop,
         calibration=calibration,
         dtype=dtype,
+        weights=weights,
         kv_memory=memory,
         progress=ConsoleProgress(),
     )

@@ -54,6 +54,7 @@ def generate(
     ] = None,
     kv_memory: options.KVMemory = "1GiB",
     dtype: options.Dtype = "auto",
+    weights: options.Weights = "auto",
     calibration: options.Calibration = None,
     json: options.Json = False,
 ) -> None:
@@ -70,7 +71,16 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
     )
     progress = ConsoleProgress()
-    llm = kvfold.LLM(model, kv=kv, kv_memory=memory, dtype=dtype, seed=seed, calibration=calibration, progress=progress)
+    llm = kvfold.LLM(
+        model,
+        kv=kv,
+        kv_memory=memory,
+        dtype=dtype,
+        weights=weights,
+        seed=seed,
+        calibration=calibration,
+        progress=progress,
+    )
     if not json:
         print_curve(llm.curve)
     started = time.perf_counter()

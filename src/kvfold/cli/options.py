@@ -25,6 +25,10 @@ KVMemory = Annotated[
 Dtype = Annotated[
     str, typer.Option("--dtype", help="Weights and activations: auto, bfloat16 or float32.", metavar="DTYPE")
 ]
+Weights = Annotated[
+    str,
+    typer.Option("--weights", help="Packed weights: auto (none), bfloat16, int8 or int4.", metavar="FORMAT"),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option("--calibration", help="File written by `kvfold calibrate` (default: the model's own)."),

@@ -31,6 +31,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     kv_memory: options.KVMemory = "1GiB",
     dtype: options.Dtype = "auto",
+    weights: options.Weights = "auto",
     calibration: options.Calibration = None,
     served_model_name: Annotated[str | None, typer.Option(help="The name clients use (default: --model).")] = None,
     api_key: Annotated[
@@ -76,6 +77,7 @@ def serve(
         kv=methods,
         kv_memory=memory,
         dtype=dtype,
+        weights=weights,
         seed=seed,
         calibration=None if calibration is None else str(calibration),
         chunk=chunk,

@@ -1,16 +1,18 @@
 """One compression method made ready for one model: what an engine serves requests with."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.staged import StagedLayout
-from kvfold.methods.base import AttentionWeights, CacheShape
+from kvfold.methods.base import CacheShape
 from kvfold.methods.method import Method
 from kvfold.methods.staging import Staging
 from kvfold.model.decoder import Decoder
+from kvfold.model.linear import Projections
+from kvfold.model.packed import pack_projections
 from kvfold.model.spec import ModelSpec
 
 
@@ -24,7 +26,7 @@ class MethodLane:
     label: str
     method: Method
     layout: CacheLayout | StagedLayout
-    weights: list[AttentionWeights]
+    weights: Sequence[Projections]
     staging: Staging | None = None
 
 
@@ -41,7 +43,22 @@ def build_lane(
 ) -> MethodLane:
     """Prepares a method for a model. statistics: the calibration's tensors, for methods that need it."""
     ready = method.prepare(cache_shape(decoder.spec, raw_bits), statistics)
-    weights = list(decoder.attention_weights)
+    weights = decoder.projections
     if ready.transform is not None:
-        weights = [ready.transform(layer, w) for layer, w in enumerate(weights)]
+        weights = [Projections.of(ready.transform(layer, w)) for layer, w in enumerate(decoder.attention_weights)]
     return MethodLane(label, method, ready.layout, weights, ready.staging)
+
+
+def pack_lanes(decoder: Decoder, lanes: Sequence[MethodLane], bits: int | None) -> list[MethodLane]:
+    """Packs the weights of a decoder and of its lanes, once all lanes are there: for inference only from then on.
+
+    bits: as in `PackedLinear`; None leaves everything as it is. Raises KernelsUnavailable.
+    """
+    if bits is None:
+        return list(lanes)
+    shared = decoder.projections
+    decoder.pack(bits)
+    return [
+        replace(lane, weights=decoder.projections if lane.weights is shared else pack_projections(lane.weights, bits))
+        for lane in lanes
+    ]

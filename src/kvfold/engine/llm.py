@@ -14,7 +14,7 @@ from kvfold.config.method import choose_method, list_methods
 from kvfold.config.progress import SILENT, Progress
 from kvfold.config.size import parse_bytes
 from kvfold.engine.engine import Engine
-from kvfold.engine.lane import MethodLane, build_lane
+from kvfold.engine.lane import MethodLane, build_lane, pack_lanes
 from kvfold.engine.outputs import RequestOutput
 from kvfold.engine.params import SamplingParams
 from kvfold.engine.prompts import (
@@ -33,6 +33,7 @@ from kvfold.errors import ConfigError, ModelError, PromptError
 from kvfold.methods.registry import build_method
 from kvfold.methods.zeroc import ZeroC
 from kvfold.model.loading import LoadedModel, load_model
+from kvfold.model.packed import weight_bits
 
 
 class LLM:
@@ -42,8 +43,9 @@ class LLM:
     choose from per call, the first being the default; methods that need a calibration find the model's own in the
     user's cache (made on first use), or take `calibration`.
     kv_memory: bytes or a size such as "1GiB". dtype: of weights and activations; "auto" is bfloat16 where the
-    processor computes in it and float32 elsewhere. kv_dtype: of uncompressed keys and values; "auto" is float32
-    where dtype="float32" is asked for and bfloat16 otherwise. chunk: prompt tokens of one request per step.
+    processor computes in it and float32 elsewhere. weights: "auto" keeps them in dtype; "bfloat16", "int8" and "int4"
+    pack them for the compiled kernels, which read fewer bytes. kv_dtype: of uncompressed keys and values; "auto" is
+    float32 where dtype="float32" is asked for and bfloat16 otherwise. chunk: prompt tokens of one request per step.
     backend: who computes attention: "auto", "cpu", "reference" (see `choose_backend`) or an object.
     `curve` holds what a search for `max_loss` measured.
 
@@ -57,6 +59,7 @@ class LLM:
         kv: str | Sequence[str] = "none",
         kv_memory: int | str = "1GiB",
         dtype: str = "auto",
+        weights: str = "auto",
         kv_dtype: str = "auto",
         seed: int = 0,
         calibration: Path | str | None = None,
@@ -80,14 +83,14 @@ class LLM:
             torch.set_num_threads(threads)
         attention = choose_backend(backend) if backend is None or isinstance(backend, str) else backend
         compute, raw_bits = resolve_dtypes(dtype, kv_dtype)
+        bits = weight_bits(weights)
         self.model = load_model(model, dtype=compute, progress=progress)
         path = None if calibration is None else Path(calibration)
         prepared = [prepare_lane(self.model, method, raw_bits, path, progress) for method in methods]
         self.methods = methods
         self.curve = [trial for _, curve in prepared for trial in curve]
-        self.engine = Engine(
-            self.model.decoder, self.model.tokenizer, [lane for lane, _ in prepared], config, attention
-        )
+        lanes = pack_lanes(self.model.decoder, [lane for lane, _ in prepared], bits)
+        self.engine = Engine(self.model.decoder, self.model.tokenizer, lanes, config, attention)
 
     def generate(
         self,

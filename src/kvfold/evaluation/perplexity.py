@@ -8,7 +8,7 @@ from kvfold.calibration.text import read_text
 from kvfold.config.engine import EngineConfig
 from kvfold.config.progress import SILENT, Progress
 from kvfold.engine.engine import Engine
-from kvfold.engine.lane import MethodLane, build_lane
+from kvfold.engine.lane import MethodLane, build_lane, pack_lanes
 from kvfold.engine.llm import prepare_lane, resolve_dtypes
 from kvfold.engine.scoring import Score, score
 from kvfold.engine.search import Trial
@@ -17,6 +17,7 @@ from kvfold.methods.dense import Dense
 from kvfold.methods.method import Method
 from kvfold.methods.registry import build_method
 from kvfold.model.loading import LoadedModel, load_model
+from kvfold.model.packed import weight_bits
 
 CONCURRENT = 4  # windows that the default KV memory holds at once
 
@@ -54,6 +55,7 @@ def evaluate(
     stop: float = 1.0,
     calibration: Path | None = None,
     dtype: str = "auto",
+    weights: str = "auto",
     kv_dtype: str = "auto",
     kv_memory: int | None = None,
     progress: Progress = SILENT,
@@ -69,6 +71,7 @@ def evaluate(
         raise ConfigError("a window and max_tokens below 2 predict nothing; give at least 2")
     content = read_text(text).part(start, stop).content
     compute, raw_bits = resolve_dtypes(dtype, kv_dtype)
+    packed = weight_bits(weights)
     loaded = load_model(model, dtype=compute, progress=progress)
     most = loaded.spec.max_positions - 1  # a request has room for one token to generate
     if window > most:
@@ -79,6 +82,7 @@ def evaluate(
     half = len(windows[0]) // 2 if lane.method.staged else None
     lane = replace(lane, method=lane.method.query_agnostic())
     dense = build_lane(loaded.decoder, Dense.name, Method(Dense()), raw_bits)
+    lane, dense = pack_lanes(loaded.decoder, (lane, dense), packed)
     if kv_memory is None:
         kv_memory = CONCURRENT * dense.layout.pages(window + 64) * dense.layout.page_bytes
     config = EngineConfig(kv_memory, chunk, chunk * CONCURRENT, prefix_caching=False)

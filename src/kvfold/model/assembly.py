@@ -7,8 +7,10 @@ from torch import Tensor
 
 from kvfold.errors import ModelError
 from kvfold.methods.base import AttentionWeights
-from kvfold.model.blocks import DecoderWeights, HeadNorm, LayerWeights, Mlp, Norm
+from kvfold.model.blocks import DecoderWeights, LayerWeights, Mlp
 from kvfold.model.checkpoint import Checkpoint
+from kvfold.model.elementwise import Gate, HeadNorm, Norm
+from kvfold.model.linear import TorchLinear
 from kvfold.model.spec import ModelSpec
 from kvfold.model.weight_names import WEIGHT_NAMES, WeightNames
 
@@ -33,9 +35,10 @@ class _Assembler:
         weights = DecoderWeights(
             embedding=embedding,
             positions=self._positions(),
-            layers=tuple(self._layer(index) for index in range(spec.n_layers)),
+            attention=tuple(self._attention(self._at(index)) for index in range(spec.n_layers)),
+            layers=tuple(self._layer(self._at(index)) for index in range(spec.n_layers)),
             final_norm=self._norm(self._prefix + names.final_norm),
-            head=embedding if spec.tie_embeddings else self._head(),
+            head=TorchLinear(embedding if spec.tie_embeddings else self._head()),
         )
         # With an empty prefix the head is a neighbour of the layers, so only the layers are checked.
         self._checkpoint.check_all_read(f"{self._prefix}{names.layers}.")
@@ -62,11 +65,12 @@ class _Assembler:
         rows = self._spec.max_positions + offset
         return self._matrix(self._prefix + self._names.positions, (rows, self._spec.hidden))[offset:]
 
-    def _layer(self, index: int) -> LayerWeights:
+    def _at(self, index: int) -> str:
+        return f"{self._prefix}{self._names.layers}.{index}."
+
+    def _layer(self, at: str) -> LayerWeights:
         names = self._names
-        at = f"{self._prefix}{names.layers}.{index}."
         return LayerWeights(
-            attention=self._attention(at),
             attention_norm=self._norm(at + names.attention_norm),
             mlp_norm=self._norm(at + names.mlp_norm),
             mlp=self._mlp(at),
@@ -90,9 +94,9 @@ class _Assembler:
         spec, names = self._spec, self._names
         inputs = [names.gate, names.up] if spec.gated_mlp else [names.up]
         parts = [(f"{at}{name}", spec.intermediate) for name in inputs]
-        up, up_bias = self._linear(parts, spec.hidden, spec.mlp_bias)
-        down, down_bias = self._linear([(at + names.down, spec.hidden)], spec.intermediate, spec.mlp_bias)
-        return Mlp(spec.activation, spec.gated_mlp, up, up_bias, down, down_bias)
+        up = self._linear(parts, spec.hidden, spec.mlp_bias)
+        down = self._linear([(at + names.down, spec.hidden)], spec.intermediate, spec.mlp_bias)
+        return Mlp(TorchLinear(*up), Gate(spec.activation, spec.gated_mlp), TorchLinear(*down))
 
     def _norm(self, name: str) -> Norm:
         norm = self._spec.norm

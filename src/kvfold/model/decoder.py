@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvfold.methods.base import AttentionWeights
-from kvfold.model.blocks import DecoderWeights, HeadNorm
+from kvfold.model.blocks import DecoderWeights, LayerWeights
+from kvfold.model.elementwise import HeadNorm, Norm
+from kvfold.model.linear import Projections
+from kvfold.model.packed import pack_projections, pack_weights
 from kvfold.model.rope import Rotation, rotate, rotation
 from kvfold.model.spec import ModelSpec
 
@@ -29,22 +32,26 @@ class Attend(Protocol):
 class Lane:
     """A range of a batch's tokens that shares one compression method.
 
-    `weights` has one entry per layer (the decoder's own, or a method's folded ones). Norms, MLP and
+    `weights` has one entry per layer (the decoder's own projections, or a method's folded ones). Norms, MLP and
     embeddings are shared by all lanes.
     """
 
     tokens: slice
-    weights: Sequence[AttentionWeights]
+    weights: Sequence[Projections]
     attend: Attend
 
 
 class Decoder:
-    """A decoder-only model. Weights carry no gradient; activations may (calibration differentiates)."""
+    """A decoder-only model. Weights carry no gradient; activations may (calibration differentiates).
 
-    def __init__(self, spec: ModelSpec, weights: DecoderWeights) -> None:
+    dtype: of activations; None: the weights'. `projections` are those of the unchanged model, one per layer.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: DecoderWeights, dtype: torch.dtype | None = None) -> None:
         self.spec = spec
         self.weights = weights
-        self.attention_weights: list[AttentionWeights] = [layer.attention for layer in weights.layers]
+        self.dtype = dtype or weights.embedding.dtype
+        self.projections = [Projections.of(own) for own in weights.attention]
         self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=self.dtype))
         kinds = list(spec.rope_kinds())
         self._rope_kinds = [
@@ -56,9 +63,9 @@ class Decoder:
         ]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """dtype of weights and activations."""
-        return self.weights.embedding.dtype
+    def attention_weights(self) -> Sequence[AttentionWeights]:
+        """What methods fold their maps into; nothing once weights were packed."""
+        return self.weights.attention
 
     @property
     def device(self) -> torch.device:
@@ -77,45 +84,54 @@ class Decoder:
         for index, layer in enumerate(self.weights.layers):
             kind = self._rope_kind_of_layer[index]
             by = None if kind is None else rotations[kind]
-            branch = self._attention(index, layer.attention_norm(x), by, lanes)
-            if layer.post_attention_norm is not None:
-                branch = layer.post_attention_norm(branch)
-            x = x + branch
-            branch = layer.mlp(layer.mlp_norm(x))
-            if layer.post_mlp_norm is not None:
-                branch = layer.post_mlp_norm(branch)
-            x = x + branch
+            x = self._attention(index, layer, x, by, lanes)
+            inner = layer.mlp.up(x, layer.mlp_norm)
+            if layer.post_mlp_norm is None:
+                x = layer.mlp.down(inner, layer.mlp.gate, x)
+            else:
+                x = x + layer.post_mlp_norm(layer.mlp.down(inner, layer.mlp.gate))
         return self.weights.final_norm(x)
+
+    def pack(self, bits: int) -> None:
+        """Packs all weights for the compiled kernels, embeddings to 16 bits: for inference only, nothing can be folded
+        any more. bits: as in `PackedLinear`. Raises KernelsUnavailable."""
+        self.weights = pack_weights(self.weights, bits)
+        self.projections = pack_projections(self.projections, bits)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states [N, D]: [N, V] float32."""
-        return F.linear(hidden, self.weights.head).float()
+        return self.weights.head(hidden).float()
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        x = F.embedding(token_ids, self.weights.embedding)
+        x = F.embedding(token_ids, self.weights.embedding).to(self.dtype)
         if self.spec.embed_scale != 1.0:
             x = x * self._embed_scale
         if self.weights.positions is not None:
             x = x + F.embedding(positions, self.weights.positions)
         return x
 
-    def _attention(self, index: int, x: Tensor, by: Rotation | None, lanes: Sequence[Lane]) -> Tensor:
-        head_norm = self.weights.layers[index].head_norm
+    def _attention(
+        self, index: int, layer: LayerWeights, x: Tensor, by: Rotation | None, lanes: Sequence[Lane]
+    ) -> Tensor:
+        """x [T, D] with the attention of all lanes added."""
         outputs = []
         for lane in lanes:
-            weights = lane.weights[index]
+            weights, own = lane.weights[index], x[lane.tokens]
             lane_by = None if by is None else by.take(lane.tokens)
-            q, k, v = self._project(weights, x[lane.tokens], head_norm, lane_by)
-            attended = lane.attend(index, q, k, v)
-            outputs.append(F.linear(attended.flatten(1), weights.out, weights.out_bias))
+            q, k, v = self._project(weights, own, layer.attention_norm, layer.head_norm, lane_by)
+            attended = lane.attend(index, q, k, v).flatten(1)
+            if layer.post_attention_norm is None:
+                outputs.append(weights.out(attended, onto=own))
+            else:
+                outputs.append(own + layer.post_attention_norm(weights.out(attended)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _project(
-        self, weights: AttentionWeights, x: Tensor, head_norm: HeadNorm | None, by: Rotation | None
+        self, weights: Projections, x: Tensor, norm: Norm, head_norm: HeadNorm | None, by: Rotation | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec
         heads, end = spec.heads, spec.heads + spec.kv_heads
-        qkv = F.linear(x, weights.qkv, weights.qkv_bias).view(x.shape[0], end + spec.kv_heads, spec.head_dim)
+        qkv = weights.qkv(x, norm).view(x.shape[0], end + spec.kv_heads, spec.head_dim)
         qk, v = qkv[:, :end], qkv[:, end:]
         if head_norm is not None:
             qk = head_norm(qk)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TARGET = HERE / "_kernels.so"
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 # GCC's own headers of vector instructions are not clean.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
@@ -31,12 +31,14 @@ def units(x86: bool) -> list[tuple[str, list[str]]]:
     common: list[tuple[str, list[str]]] = [("format.cpp", []), ("encode.cpp", []), ("portable.cpp", [])]
     detect = ["-DKVFOLD_X86"] if x86 else []
     common += [("work.cpp", ["-fopenmp"]), ("sealed.cpp", []), ("staged.cpp", ["-fopenmp"]), ("frame.cpp", [])]
-    common += [("library.cpp", detect)]
+    common += [("linear.cpp", ["-fopenmp"]), ("linear_kernels.cpp", []), ("library.cpp", detect)]
     if not x86:
         return common
     return [
         *common,
-        ("portable.cpp", [*AVX2, "-DKVFOLD_PORTABLE=kAvx2", '-DKVFOLD_NAME="avx2"']),
+        ("portable.cpp", [*AVX2, "-DKVFOLD_PORTABLE=kAvx2", '-DKVFOLD_NAME="avx2"', "-DKVFOLD_LINEAR=kLinearAvx2"]),
+        ("linear_kernels.cpp", [*AVX2, "-DKVFOLD_LINEAR=kLinearAvx2"]),
+        ("linear_kernels.cpp", [*VNNI, "-DKVFOLD_LINEAR=kLinearVnni"]),
         ("vnni.cpp", VNNI),
         ("vnni.cpp", [*VNNI, "-mavx512bf16", "-DKVFOLD_VNNI=kVnniBf16", '-DKVFOLD_NAME="avx512-vnni-bf16"']),
     ]

@@ -10,7 +10,7 @@ import torch
 
 from kvfold.errors import KernelsUnavailable
 
-VERSION = 2  # of the calls; the library has the same number, or it was built from other sources
+VERSION = 3  # of the calls; the library has the same number, or it was built from other sources
 
 
 @cache
@@ -34,6 +34,7 @@ def library() -> Any:
     loaded.kvfold_struct_size.argtypes, loaded.kvfold_struct_size.restype = [c_int64], c_int64
     loaded.kvfold_attend_sealed.argtypes, loaded.kvfold_attend_sealed.restype = [c_void_p], None
     loaded.kvfold_attend_staged.argtypes, loaded.kvfold_attend_staged.restype = [c_void_p], None
+    loaded.kvfold_multiply.argtypes, loaded.kvfold_multiply.restype = [c_void_p], None
     return loaded
 
 

@@ -18,6 +18,7 @@ class EngineOptions:
     kv: tuple[str, ...] = ("none",)
     kv_memory: int = 2**30
     dtype: str = "auto"
+    weights: str = "auto"
     kv_dtype: str = "auto"
     seed: int = 0
     calibration: str | None = None

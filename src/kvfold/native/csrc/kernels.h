@@ -51,6 +51,8 @@ struct alignas(64) Scratch {
     uint8_t bytes[192 * 1024];
 };
 
+struct LinearKernels;
+
 struct Kernels {
     // Adds what `count` runs of one format hold to the tile. Runs of coded rows consist of whole units.
     void (*attend)(const Format&, Tile&, const Run*, int count, Scratch&);
@@ -62,9 +64,11 @@ struct Kernels {
     void (*lift)(const float* matrix, int dim, int kept, const float* u, float* out);
     const char* name;
     const Kernels* exact;  // those that do not round float32 queries and weights to 16 bits
+    const LinearKernels* linear;
 };
 
 extern const Kernels kPortable, kAvx2, kVnni, kVnniBf16;
+extern const LinearKernels kLinearPortable, kLinearAvx2, kLinearVnni;
 
 // Takes what another source found into a tile.
 void merge(Tile& into, const Tile& other);

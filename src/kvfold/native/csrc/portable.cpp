@@ -8,6 +8,7 @@
 #ifndef KVFOLD_PORTABLE
 #define KVFOLD_PORTABLE kPortable
 #define KVFOLD_NAME "portable"
+#define KVFOLD_LINEAR kLinearPortable
 #endif
 
 namespace kvfold {
@@ -180,6 +181,6 @@ void lift(const float* matrix, int dim, int kept, const float* u, float* out) {
 
 }  // namespace
 
-extern const Kernels KVFOLD_PORTABLE{attend, receive, turn, lift, KVFOLD_NAME, &KVFOLD_PORTABLE};
+extern const Kernels KVFOLD_PORTABLE{attend, receive, turn, lift, KVFOLD_NAME, &KVFOLD_PORTABLE, &KVFOLD_LINEAR};
 
 }  // namespace kvfold

@@ -48,6 +48,6 @@ void lift(const float* matrix, int dim, int kept, const float* u, float* out) { 
 
 }  // namespace
 
-extern const Kernels KVFOLD_VNNI{attend, receive, turn, lift, KVFOLD_NAME, &kVnni};
+extern const Kernels KVFOLD_VNNI{attend, receive, turn, lift, KVFOLD_NAME, &kVnni, &kLinearVnni};
 
 }  // namespace kvfold
