@@ -77,6 +77,12 @@ Row make_row(const int32_t*& words, int block, bool key) {
     return row;
 }
 
+// Whether blocks of few tokens have one byte of codes for each dimension, and scales by token, if any.
+bool bytewise(const Row& row, int block) {
+    const bool scales = row.scale == Scale::Static || row.scale == Scale::Step;
+    return scales && std::all_of(row.widths.begin(), row.widths.end(), [&](int bits) { return bits * block == 8; });
+}
+
 }  // namespace
 
 int Row::nbytes(int block) const {
@@ -90,6 +96,7 @@ int Row::nbytes(int block) const {
 }
 
 Format make_format(const int32_t* words) {
+    const int32_t* const begin = words;
     Format fmt{};
     fmt.page_bytes = *words++;
     fmt.head_dim = *words++;
@@ -99,6 +106,11 @@ Format make_format(const int32_t* words) {
     fmt.key_bytes = fmt.key.nbytes(fmt.block);
     fmt.block_bytes = fmt.key_bytes + fmt.value.nbytes(fmt.block);
     fmt.capacity = fmt.page_bytes / fmt.block_bytes * fmt.block;
+    if (fmt.block < kUnit && bytewise(fmt.key, fmt.block) && bytewise(fmt.value, fmt.block)) {
+        std::vector<int32_t> same(begin, words);
+        same[2] = kRegrouped;
+        fmt.regrouped = std::make_shared<const Format>(make_format(same.data()));
+    }
     return fmt;
 }
 

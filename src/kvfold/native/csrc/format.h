@@ -1,11 +1,13 @@
 // What one page holds: the mirror of kvfold.kv.format, made from it once per distinct format.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace kvfold {
 
 constexpr int kUnit = 16;         // tokens whose codes lie together, or all of a smaller block
+constexpr int kRegrouped = 256;   // tokens that small blocks are put together to at once
 constexpr int kStepsPerOctave = 12;  // of a logarithmic step
 
 enum class Scale : int { Static, Token, Channel, Step };
@@ -41,6 +43,7 @@ struct Row {
 struct Format {
     int page_bytes, head_dim, block, capacity, key_bytes, block_bytes;
     Row key, value;
+    std::shared_ptr<const Format> regrouped;  // small blocks as the vector kernels take them, if they do
     bool raw() const { return block == 1 && !key.coded() && !value.coded(); }
 };
 

@@ -10,7 +10,7 @@ namespace kvfold {
 
 constexpr int kMaxRows = 8;    // queries that share one read
 constexpr int kMaxDim = 256;
-constexpr int kRun = 256;      // tokens whose scores are held at once
+constexpr int kRun = kRegrouped;  // tokens whose scores are held at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // Queries of one KV head and what they have found so far: out is the weighted sum of values, not yet divided by `sum`,
@@ -48,7 +48,8 @@ struct Run {
 
 // A thread's working memory. It is handed down: looking up a thread-local variable in a loop costs more than the loop.
 struct alignas(64) Scratch {
-    uint8_t bytes[192 * 1024];
+    uint8_t bytes[128 * 1024];
+    uint8_t regrouped[2 * kRun * (kMaxDim + 1) + 64];  // vectors are read whole
 };
 
 struct LinearKernels;

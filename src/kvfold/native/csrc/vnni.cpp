@@ -1,6 +1,7 @@
 // Attention with AVX-512 VNNI and VBMI; compiled once more with products of bfloat16 where the machine has them.
 #include "coded.h"
 #include "raw.h"
+#include "regroup.h"
 
 #ifndef KVFOLD_VNNI
 #define KVFOLD_VNNI kVnni
@@ -27,6 +28,8 @@ void receive_rows(const Format& fmt, const Tile& tile, const Run* runs, int coun
 }
 
 void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
+    if (fmt.regrouped)
+        return each_regrouped(fmt, runs, count, scratch, [&](const Run& run) { attend(*fmt.regrouped, tile, &run, 1, scratch); });
     if (!(fmt.key.fast && fmt.value.fast)) return kAvx2.attend(fmt, tile, runs, count, scratch);
     using Attend = void (*)(const Format&, Tile&, const Run*, int, Scratch&);
     static constexpr Attend by_rows[] = {attend_rows<1>, attend_rows<2>, attend_rows<3>, attend_rows<4>,
@@ -35,6 +38,10 @@ void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& 
 }
 
 void receive(const Format& fmt, const Tile& tile, const Run* runs, int count, float power, float* mass, Scratch& scratch) {
+    if (fmt.regrouped)
+        return each_regrouped(fmt, runs, count, scratch, [&](const Run& run) {
+            receive(*fmt.regrouped, tile, &run, 1, power, mass, scratch);
+        });
     if (!(fmt.key.fast && fmt.value.fast)) return kAvx2.receive(fmt, tile, runs, count, power, mass, scratch);
     using Receive = void (*)(const Format&, const Tile&, const Run*, int, float, float*, Scratch&);
     static constexpr Receive by_rows[] = {receive_rows<1>, receive_rows<2>, receive_rows<3>, receive_rows<4>,
