@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
+from kvfold.attention.base import SequenceStep
 from kvfold.attention.cpu.staged import CpuStagedPlan
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.kv.format import PageFormat, Row, Scale, Segment, raw_format
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import PagePool
 from kvfold.kv.staged import StagedLayout, Watch
+from kvfold.kv.staged_tables import StagedTables
 from tests.attention.staged_cases import FRAMES, Case, farthest, taken
 from tests.attention.stepping import random_inputs, stepped
 from tests.attention.test_cpu import KERNELS, backend, rows
@@ -142,12 +144,24 @@ def test_small_blocks(kernels: str, bits: int, block: int, dim: int) -> None:
     compare(kernels, Case(layout, (("scaled", "scaled"),), (700, 301), (1, 5), 3, 5))
 
 
+def planned(kernels: str, layout: StagedLayout, count: int) -> bool:
+    """Whether the kernels serve a step of `count` tokens."""
+    pool = PagePool(20, layout.page_bytes)
+    tables = StagedTables(layout, context=100)
+    tables.reserve(pool, count)
+    return isinstance(backend(kernels).plan(pool, layout, [SequenceStep(tables, 0, count)], 1.0), CpuStagedPlan)
+
+
 def test_what_the_kernels_do_not_know_goes_to_the_reference() -> None:
-    fast = backend("portable")
     row = Row((Segment(4, 64),), Scale.TOKEN, sums=True)
-    summed = PageFormat(8192, 64, 16, row, row)
     known = long_case((1,)).layout
-    unknown = StagedLayout(known.raw, known.windows, 2, (((summed,) * 2,),), (1.0,))
-    pool = PagePool(1, 8192)
-    assert isinstance(fast.plan(pool, known, [], 1.0), CpuStagedPlan)
-    assert not isinstance(fast.plan(pool, unknown, [], 1.0), CpuStagedPlan)
+    summed = PageFormat(8192, 64, 16, row, row)
+    assert planned("portable", known, 1)
+    assert not planned("portable", StagedLayout(known.raw, (None,), 2, (((summed,) * 2,),), (1.0,)), 1)
+
+
+def test_long_pieces_go_to_torch_where_the_kernels_are_slower() -> None:
+    layout = long_case((1,)).layout
+    assert planned("portable", layout, 16)
+    assert not planned("portable", layout, 17)
+    assert planned("avx512-vnni", layout, 90)

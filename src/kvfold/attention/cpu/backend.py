@@ -12,6 +12,8 @@ from kvfold.kv.pool import PagePool
 from kvfold.kv.staged import StagedLayout
 from kvfold.native.library import find_kernels, kernels_name
 
+MANY = 16  # new tokens of a sequence that torch's fused kernel serves faster than kernels without AVX-512
+
 Layout = CacheLayout | StagedLayout
 Formats = SealedFormats | StagedFormats | None
 
@@ -20,13 +22,15 @@ class CpuBackend:
     """Implements `AttentionBackend` with the kernels for this machine's instructions.
 
     kernels: name of the instructions to be used (`avx512-vnni-bf16`, `avx512-vnni`, `avx2`, `portable`); None: the best
-    there are. What the kernels do not know (formats with sums of codes, units of another size) goes to the reference.
+    there are. What the kernels do not know (formats with sums of codes, units of odd sizes) goes to the reference,
+    and so do long pieces of staged prompts where the kernels have no AVX-512.
     Raises KernelsUnavailable where the kernels were not built or the machine lacks the instructions.
     """
 
     def __init__(self, kernels: str | None = None) -> None:
         self._kernels = find_kernels(kernels)
         self._reference = ReferenceBackend()
+        self._wide = self.name.startswith("avx512")
         self._formats: dict[int, tuple[Layout, Formats]] = {}  # by identity: hashing would take longer
 
     @property
@@ -36,7 +40,8 @@ class CpuBackend:
 
     def plan(self, pool: PagePool, layout: Layout, steps: Sequence[SequenceStep[Any]], scale: float) -> Plan:
         formats = self._formats_of(layout) if pool.data.device.type == "cpu" else None
-        if isinstance(layout, StagedLayout) and isinstance(formats, StagedFormats):
+        fitting = self._wide or all(step.count <= MANY for step in steps)
+        if isinstance(layout, StagedLayout) and isinstance(formats, StagedFormats) and fitting:
             return CpuStagedPlan(pool, layout, formats, steps, scale, self._kernels)
         if isinstance(layout, CacheLayout) and isinstance(formats, SealedFormats):
             return CpuSealedPlan(pool, layout, formats, steps, scale, self._kernels)
