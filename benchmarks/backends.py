@@ -2,8 +2,8 @@
 
     python -m benchmarks.backends --prompt 4096 --run 'snapkv(budget=512)@cpu' --run 'snapkv(budget=512)@reference'
 
-Every run is METHOD@BACKEND and serves the same random prompt; one step of each after the other. Prints one JSON line per
-run: seconds of prefill and of attention in it, and the median milliseconds of a decode step and of its attention.
+Every run is METHOD@BACKEND and serves the same random prompt; one step of each after the other. Prints one JSON line
+per run: seconds of prefill and of attention in it, and the median milliseconds of a decode step and of its attention.
 """
 
 import argparse
