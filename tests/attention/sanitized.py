@@ -13,6 +13,8 @@ from kvfold.attention.reference import ReferenceBackend
 from kvfold.errors import KernelsUnavailable
 from kvfold.kv.format import PageFormat, Row, Scale, Segment, raw_format
 from kvfold.kv.layout import CacheLayout
+from kvfold.kv.staged import StagedLayout, Watch
+from tests.attention.staged_cases import FRAMES, Case, farthest, taken
 from tests.attention.stepping import random_inputs, stepped
 
 
@@ -33,6 +35,23 @@ def layouts(dim: int, raw: int) -> list[CacheLayout]:
     return made
 
 
+def staged(dim: int, raw: int, dtype: torch.dtype) -> list[Case]:
+    """Coordinates of every kind, windows and watches over tracks of every kind of scale."""
+    page = 160 * dim
+    made = []
+    for index, frame in enumerate(FRAMES):
+        scale = list(Scale)[index % 4]
+        row = Row((Segment((4, 2, 7)[index % 3], dim),), scale)
+        fmt = PageFormat(page, dim, 16, row, row)
+        if frame == "selected":
+            fmt = PageFormat(page, dim, 1, *(Row((Segment(raw, kept),)) for kept in (dim // 2 + 1, dim - 3)))
+        for windows in ((None,), (9,)):
+            watches = (Watch(), Watch(3, power=2), Watch(power=0))
+            layout = StagedLayout(raw_format(page, dim, raw), windows, 2, (((fmt,) * 2,),), (1.0,), watches=watches)
+            made.append(Case(layout, ((frame, frame),), (150, 61), (1, 11), 3, index, dtype))
+    return made
+
+
 def main() -> None:
     library.__file__ = sys.argv[1]
     for name in ("portable", "avx2", "avx512-vnni", "avx512-vnni-bf16"):
@@ -48,6 +67,9 @@ def main() -> None:
                 for sequence, reference in zip(*results, strict=True):
                     wrong = sequence[0][0].float() - reference[0][0].float()
                     assert wrong.abs().max() < 0.05, (name, layout)
+            for case in staged(dim, raw, dtype):
+                found, expected = (taken(b, case, 400) for b in (fast, ReferenceBackend()))
+                assert farthest(found.out, expected.out) < 0.05 * max(float(x.abs().max()) for x in expected.out), case
         print(name, "agreed")
 
 

@@ -93,3 +93,19 @@ def test_kernels_agree_with_the_reference(
             # Elsewhere what is left is the rounding of the output, 1/256 of the largest number in it.
             assert float(wrong.abs().max()) < (0.3 if "vnni" in kernels else 0.04)
             assert float(off.abs().max()) < (0.1 if "vnni" in kernels else 1e-4)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("block", "dim"), [(16, 64), (32, 128), (48, 40)])
+def test_scales_of_channels(kernels: str, block: int, dim: int) -> None:
+    """Blocks with scales of their own, over more runs than are worked on at once."""
+    page = 160 * dim
+    near = raw_format(page, dim)
+    fmt = PageFormat(page, dim, block, Row((Segment(2, dim),), Scale.CHANNEL), Row((Segment(4, dim),), Scale.TOKEN, 8))
+    layout = CacheLayout(((fmt,),), near, 3, 20, (None,))
+    inputs = random_inputs([701], 1, 3, 1, dim, 0)
+    (got,), (expected,) = (
+        stepped(b, layout, inputs, [[690, 1, 1, 9]], 0.05, 400)[0] for b in (backend(kernels), ReferenceBackend())
+    )
+    torch.testing.assert_close(got[0], expected[0], rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-3, atol=2e-3)

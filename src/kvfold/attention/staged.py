@@ -35,9 +35,7 @@ class StagedPlan:
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         for group in self._groups:
             rows = group.rows
-            for step, own in zip(group.steps, rows, strict=True):
-                for record in step.tables.records.values():
-                    record.add(layer, q[own].float(), step.tables.length, step.tables.next_event)
+            record_queries(group.steps, layer, q)
             new = round_trip(self._layout.raw, k[rows].float(), v[rows].float())
             self._store(group, layer, *new)
             new_k, new_v = (x.permute(0, 2, 3, 1) for x in new)  # [N, G, d, Lq]
@@ -90,6 +88,14 @@ class StagedPlan:
             bases = [step.tables.bases[track - 1] if track else None for step in group.steps]
             mask = group.track_mask(track, layer, held, blocks.shape[1] * fmt.block)
             yield _Part(track, stored_rows(fmt, blocks, (group.n, len(heads)), mask, bases, layer, heads))
+
+
+def record_queries(steps: Sequence[SequenceStep[StagedTables]], layer: int, q: Tensor) -> None:
+    """Shows the new queries [T, H, d] of a layer to whoever keeps a record of them."""
+    for step in steps:
+        for record in step.tables.records.values():
+            own = q[step.first : step.first + step.count].float()
+            record.add(layer, own, step.tables.length, step.tables.next_event)
 
 
 @dataclass(frozen=True)

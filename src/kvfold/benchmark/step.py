@@ -11,7 +11,8 @@ from statistics import median
 from types import CodeType
 from typing import Any
 
-from kvfold.attention.cpu.backend import CpuPlan
+from kvfold.attention.cpu.sealed import CpuSealedPlan
+from kvfold.attention.cpu.staged import CpuStagedPlan
 from kvfold.attention.reference import ReferencePlan
 from kvfold.attention.staged import StagedPlan
 from kvfold.config.progress import SILENT, Progress
@@ -32,7 +33,7 @@ LINEAR, HEADS, ATTENTION = "linear layers", "RoPE and maps", "attention"
 _PARTS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     LINEAR: (TorchLinear.__call__, PackedLinear.__call__),
     HEADS: (split_heads, split_heads_packed),
-    ATTENTION: (CpuPlan.attend, ReferencePlan.attend, StagedPlan.attend),
+    ATTENTION: (CpuSealedPlan.attend, CpuStagedPlan.attend, ReferencePlan.attend, StagedPlan.attend),
     "logits": (Decoder.logits,),
     "sampling": (Sampler.sample,),
     "scheduling and pages": (Scheduler.schedule,),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.attention.base import SequenceStep
-from kvfold.attention.cpu.backend import CpuPlan
+from kvfold.attention.cpu.sealed import CpuSealedPlan
 from kvfold.model.decoder import Decoder
 from kvfold.model.heads import views
 from kvfold.model.linear import Projections
@@ -24,7 +24,7 @@ Steps = Seq[SequenceStep[Any]]
 class DecodeProgram:
     """A forward pass over `count` tokens of each part: (projections, plan, count). Buffers and calls are made once."""
 
-    def __init__(self, decoder: Decoder, parts: Seq[tuple[Seq[Projections], CpuPlan, int]]) -> None:
+    def __init__(self, decoder: Decoder, parts: Seq[tuple[Seq[Projections], CpuSealedPlan, int]]) -> None:
         spec, self._decoder = decoder.spec, decoder
         self._plans = [plan for _, plan, _ in parts]
         tokens, dim = sum(count for *_, count in parts), spec.head_dim
@@ -90,7 +90,7 @@ class DecodePrograms:
         key = tuple((number, len(steps)) for number, _, steps, _ in lanes)
         if key not in self._programs:
             plans = [plan() for *_, plan in lanes]
-            if not all(isinstance(plan, CpuPlan) for plan in plans):
+            if not all(isinstance(plan, CpuSealedPlan) for plan in plans):
                 return None
             parts = [(own, plan, len(steps)) for (_, own, steps, _), plan in zip(lanes, plans, strict=True)]
             self._programs[key] = DecodeProgram(self._decoder, parts)

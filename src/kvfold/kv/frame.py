@@ -11,6 +11,19 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Lifting:
+    """`Frame.lift` as numbers, for kernels: x = matrix @ (scale * u), or x[index] = u. What is None is left out.
+
+    matrix: [L, G or 1, d, d], of which the first columns count where less is stored; scale: [L, G, d], both float16 or
+    float32; index: int16 [L, G, r].
+    """
+
+    matrix: Tensor | None = None
+    scale: Tensor | None = None
+    index: Tensor | None = None
+
+
 class Frame(Protocol):
     """Rows of one side (keys or values) of all layers and heads. x: the model's rows [heads, n, d], of the KV heads
     `heads` of a layer; u: stored rows [heads, n, r]."""
@@ -19,6 +32,9 @@ class Frame(Protocol):
     def origin(self) -> Tensor | None:
         """Where u = 0 lies, [L, G, d]."""
         ...
+
+    @property
+    def lifting(self) -> Lifting: ...
 
     def into(self, layer: int, heads: Tensor, x: Tensor) -> Tensor:
         """x to u."""
@@ -58,6 +74,10 @@ class Scaled:
         return self.scale[layer, heads].float()[:, None]
 
     @property
+    def lifting(self) -> Lifting:
+        return Lifting(scale=self.scale)
+
+    @property
     def nbytes(self) -> int:
         return self.scale.nbytes + (0 if self.origin is None else self.origin.nbytes)
 
@@ -79,6 +99,10 @@ class Selected:
     def lift(self, layer: int, heads: Tensor, u: Tensor) -> Tensor:
         index = self.index[layer, heads].long()[:, None].expand_as(u)
         return u.new_zeros(*u.shape[:-1], self.dims).scatter(-1, index, u)
+
+    @property
+    def lifting(self) -> Lifting:
+        return Lifting(index=self.index)
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +128,10 @@ class Mapped:
 
     def turn(self, layer: int, heads: Tensor, q: Tensor) -> Tensor:
         return q @ self.backward[layer, heads]
+
+    @property
+    def lifting(self) -> Lifting:
+        return Lifting(matrix=self.backward)
 
     @property
     def nbytes(self) -> int:
@@ -138,6 +166,10 @@ class Rescaled:
         return self.inner.turn(layer, heads, q) * self.step[layer, heads].float()[:, None]
 
     @property
+    def lifting(self) -> Lifting:
+        return Lifting(matrix=self.inner.backward, scale=self.step)
+
+    @property
     def nbytes(self) -> int:
         return self.step.nbytes + self.middle.nbytes + self.origin.nbytes
 
@@ -158,6 +190,10 @@ class Factored:
 
     def turn(self, layer: int, heads: Tensor, q: Tensor) -> Tensor:
         return q @ self.factor[layer].float()
+
+    @property
+    def lifting(self) -> Lifting:
+        return Lifting(matrix=self.factor[:, None])
 
     @property
     def nbytes(self) -> int:

@@ -31,7 +31,7 @@ def split_heads_packed(
     qkv: Tensor, heads: int, weights: Projections, norm: HeadNorm | None, by: Rotation | None
 ) -> QKV:
     """`SplitHeads` in place. Angles, gains and maps are float32 and dense; d is at most MOST_DIM."""
-    library().kvfold_turn(ctypes.byref(heads_call(qkv, heads, weights, norm, by)))
+    library().kvfold_turn_heads(ctypes.byref(heads_call(qkv, heads, weights, norm, by)))
     return views(qkv, heads)
 
 

@@ -29,8 +29,9 @@ class BuildError(Exception):
 def units(x86: bool) -> list[tuple[str, list[str]]]:
     """(source, flags) of everything that is compiled."""
     detect = ["-DKVFOLD_X86"] if x86 else []
-    once: list[tuple[str, list[str]]] = [("format.cpp", []), ("encode.cpp", []), ("library.cpp", detect)]
-    threaded = [(f"{name}.cpp", ["-fopenmp"]) for name in ("attend", "linear", "heads", "program")]
+    once: list[tuple[str, list[str]]] = [("library.cpp", detect)]
+    once += [(f"{name}.cpp", []) for name in ("format", "encode", "sealed", "frame")]
+    threaded = [(f"{name}.cpp", ["-fopenmp"]) for name in ("work", "staged", "linear", "heads", "program")]
     attention: list[tuple[str, list[str]]] = [("portable.cpp", [])]
     sets: list[list[str]] = [[]]
     if x86:

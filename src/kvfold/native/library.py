@@ -10,7 +10,7 @@ import torch
 
 from kvfold.errors import KernelsUnavailable
 
-VERSION = 1  # of the calls; the library has the same number, or it was built from other sources
+VERSION = 3  # of the calls; the library has the same number, or it was built from other sources
 
 
 @cache
@@ -31,8 +31,10 @@ def library() -> Any:
     loaded.kvfold_kernels_name.argtypes, loaded.kvfold_kernels_name.restype = [c_void_p], c_char_p
     loaded.kvfold_format.argtypes, loaded.kvfold_format.restype = [c_void_p], c_void_p
     loaded.kvfold_format_bytes.argtypes, loaded.kvfold_format_bytes.restype = [c_void_p, c_int64], c_int64
-    loaded.kvfold_attend.argtypes, loaded.kvfold_attend.restype = [c_void_p], None
-    loaded.kvfold_turn.argtypes, loaded.kvfold_turn.restype = [c_void_p], None
+    loaded.kvfold_struct_size.argtypes, loaded.kvfold_struct_size.restype = [c_int64], c_int64
+    loaded.kvfold_attend_sealed.argtypes, loaded.kvfold_attend_sealed.restype = [c_void_p], None
+    loaded.kvfold_attend_staged.argtypes, loaded.kvfold_attend_staged.restype = [c_void_p], None
+    loaded.kvfold_turn_heads.argtypes, loaded.kvfold_turn_heads.restype = [c_void_p], None
     loaded.kvfold_multiply.argtypes, loaded.kvfold_multiply.restype = [c_void_p], None
     loaded.kvfold_run.argtypes, loaded.kvfold_run.restype = [c_void_p, c_int64, c_void_p], None
     return loaded

@@ -10,23 +10,13 @@ from kvfold.native.library import library
 _SCALES = {Scale.STATIC: 0, Scale.TOKEN: 1, Scale.CHANNEL: 2, Scale.STEP: 3}
 
 
-class StepInfo(ctypes.Structure):
-    """`kvfold_step` of attend.h."""
+class Step(ctypes.Structure):
+    """`kvfold_step` of attend.h, as all classes here mirror what it says; descriptions are there."""
 
-    _fields_ = (
-        ("near", c_void_p),
-        ("far", c_void_p),
-        ("near_columns", c_int64),
-        ("far_columns", c_int64),
-        ("length", c_int64),
-        ("first", c_int64),
-        ("count", c_int64),
-    )
+    _fields_ = tuple((name, c_int64) for name in ("length", "first", "count"))
 
 
-class LayerCall(ctypes.Structure):
-    """`kvfold_layer` of attend.h."""
-
+class Layer(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p),
         *((name, c_int64) for name in ("page_bytes", "layer", "kv_heads", "group", "dim")),
@@ -36,22 +26,66 @@ class LayerCall(ctypes.Structure):
         ("lse", c_void_p),
         ("wide", c_int64),
         ("scale", c_double),
-        *((name, c_int64) for name in ("exact", "sinks", "recent", "seal", "ring", "window", "sunk")),
-        ("near_format", c_void_p),
-        ("far_formats", c_void_p),
+        ("window", c_int64),
         ("steps", c_void_p),
         ("count", c_int64),
         ("kernels", c_void_p),
     )
 
 
+class SealedTables(ctypes.Structure):
+    _fields_ = (("near", c_void_p), ("far", c_void_p), ("near_columns", c_int64), ("far_columns", c_int64))
+
+
+class SealedCall(ctypes.Structure):
+    _fields_ = (
+        ("layer", Layer),
+        *((name, c_int64) for name in ("exact", "sinks", "recent", "seal", "ring", "sunk")),
+        *((name, c_void_p) for name in ("near_format", "far_formats", "tables")),
+    )
+
+
+class Numbers(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("layers", c_int64), ("heads", c_int64), ("half", c_int64))
+
+
+class FrameInfo(ctypes.Structure):
+    _fields_ = tuple((name, Numbers) for name in ("matrix", "scale", "index", "origin"))
+
+
+class Tracks(ctypes.Structure):
+    _fields_ = (("pages", c_void_p), ("rows", c_void_p), ("columns", c_int64), ("frames", c_void_p))
+
+
+class WatchInfo(ctypes.Structure):
+    _fields_ = (
+        ("step", c_int64),
+        ("power", c_int64),
+        ("queries", c_void_p),
+        ("count", c_int64),
+        ("mass", c_void_p),
+        ("widths", c_void_p),
+    )
+
+
+class StagedCall(ctypes.Structure):
+    _fields_ = (
+        ("layer", Layer),
+        ("heads", c_int64),
+        ("tracks", c_int64),
+        *((name, c_void_p) for name in ("formats", "tables", "watches")),
+        ("watched", c_int64),
+    )
+
+
+STRUCTURES = (Step, Layer, SealedTables, SealedCall, FrameInfo, Tracks, WatchInfo, StagedCall)
+
+
 def supported(fmt: PageFormat) -> bool:
-    """Whether the kernels know this format. They do not keep sums of codes, nor units of another size."""
+    """Whether the kernels know this format. They do not keep sums of codes, nor units of odd sizes."""
     if fmt.key.sums or fmt.value.sums or fmt.head_dim > 256:
         return False
-    if fmt.block == 1:
-        return all(row.raw == row.kept for row in (fmt.key, fmt.value))
-    return fmt.block % UNIT == 0 and fmt.block <= 256
+    return fmt.block <= 256 and (fmt.block % UNIT == 0 or UNIT % fmt.block == 0)
 
 
 @cache

@@ -1,71 +1,13 @@
 // Rows of codes met by integer products (VNNI): queries and weights are rounded to bytes, codes stay what they are.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-
-#include "simd.h"
+#include "digits.h"
 
 namespace kvfold {
 namespace {
 
-// Queries have two digits of seven bits and weights two of eight. With one digit each the loop is hardly faster (it waits
-// for the codes), and the perplexity of a 4-bit cache rises by 0.08 % for either of them.
-constexpr int kQueryDigit = 7, kMostQuery = 127 << kQueryDigit;
-constexpr int kWeightDigit = 8, kMostWeight = (1 << 2 * kWeightDigit) - 1;
-constexpr int kMaxSpans = kMaxDim / 4, kMaxQuads = kMaxDim / 4 + kMaxSpans;
-
-struct Unit {
-    const uint8_t *key, *value, *key_scale, *value_scale;
-};
-
-struct CodedScratch {
-    alignas(64) float score[kMaxRows][kRun];
-    alignas(64) float scaled[kRun];
-    alignas(64) uint8_t weight[2][kMaxRows][kRun];        // high and low digits
-    alignas(64) float sums[kMaxRows][kMaxQuads][16];
-    alignas(64) int8_t query[kMaxQuads][kMaxRows][2][4];  // high and low digits
-    float step[kMaxRows];                 // of the query's lower digit
-    float bias[kMaxRows][kMaxSpans];      // keys: what the codes' centres, or one unit of offset, are worth
-    float total[kMaxRows][kMaxSpans];     // values: sum of the weights that the codes were multiplied with
-    float lows[kMaxRows][kMaxSpans];      // values: weighted sum of the offsets
-    float raw[kMaxRows][kMaxDim];         // values: sums of uncompressed dimensions
-    float shrink[kMaxRows];               // of what was found before this batch
-    float worth[kMaxRows];                // of a weight of this batch
-    float share[kMaxRows][kMaxSpans];     // of a rounded weight
-    Unit batches[2][kMaxUnits];           // at work, and being fetched meanwhile
-    const Unit *units, *next;             // [kMaxUnits] each
-};
-
 // Asks for the bytes of one unit of the next batch: pages are too short for the hardware to guess what follows.
 inline void prefetch(const uint8_t* data, int bytes) {
     for (int i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(data + i), _MM_HINT_T1);
-}
-
-inline int span_count(const Row& row) { return int(row.spans.size()) - 1; }
-
-inline void round_query(const Row& row, const Tile& tile, CodedScratch& w) {
-    std::memset(w.query, 0, sizeof(w.query[0]) * row.quads.size());
-    for (int m = 0; m < tile.rows; ++m) {
-        const float* q = tile.query[m];
-        float most = 1e-30f;
-        for (int d = row.raw; d < row.kept; ++d) most = std::max(most, std::fabs(q[d]));
-        const float step = most / kMostQuery;
-        w.step[m] = step;
-        for (int s = 0; s < span_count(row); ++s) {
-            float bias = 0;
-            for (int j = row.spans[s]; j < row.spans[s + 1]; ++j) {
-                for (int i = 0; i < row.quads[j].dims; ++i) {
-                    const int d = row.quads[j].dim + i;
-                    const float rounded = std::nearbyint(q[d] / step);
-                    w.query[j][m][0][i] = int8_t(int(rounded) >> kQueryDigit);
-                    w.query[j][m][1][i] = int8_t(int(rounded) & ((1 << kQueryDigit) - 1));
-                    bias += row.scale == Scale::Token ? step * rounded : -step * rounded * row.centre[d];
-                }
-            }
-            w.bias[m][s] = bias;
-        }
-    }
 }
 
 // 64 codes out of the bytes at `window`, by the tables of a quad.
@@ -89,10 +31,6 @@ inline __m512 steps_of(const uint8_t* bytes) {
     const __m512 x = _mm512_mul_ps(octaves, _mm512_set1_ps(1.f / kStepsPerOctave));
     // exp2_ps takes what is not above 0.
     return _mm512_mul_ps(exp2_ps(_mm512_sub_ps(x, _mm512_set1_ps(11.f))), _mm512_set1_ps(2048.f));
-}
-
-inline __m512 halves_at(const uint8_t* data) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
 }
 
 // Scores of U units for M queries.
@@ -119,7 +57,7 @@ void key_products(const Row& row, int block, const Tile& tile, int unit, CodedSc
                 const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[u][m], kQueryDigit), low[u][m]);
                 const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(w.step[m]));
                 const __m512 bias = _mm512_set1_ps(w.bias[m][s]);
-                if (row.scale == Scale::Static) {
+                if (row.scale == Scale::Static || row.scale == Scale::Channel) {
                     _mm512_store_ps(out, _mm512_add_ps(product, bias));
                 } else if (row.scale == Scale::Step) {
                     _mm512_store_ps(out, _mm512_mul_ps(_mm512_add_ps(product, bias), steps_of(scale)));
@@ -240,22 +178,34 @@ inline void raw_values(const Row& row, int units, int m, CodedScratch& w) {
     }
 }
 
-// Adds one batch of units, the first being row `number`, to what was found.
-template <int M>
-void add_units(const Format& fmt, Tile& tile, int64_t number, int units, CodedScratch& w) {
+// Scores of one batch of units. with_values: values are going to be read, too.
+template <int M, bool with_values>
+void score_units(const Format& fmt, const Tile& tile, int units, CodedScratch& w) {
     constexpr int U = M <= 4 ? 2 : 1;  // as many sums as there are registers
-    for (int unit = 0; unit < units; unit += U) {
-        for (int u = unit; u < unit + U && w.next[u].key; ++u) {
-            prefetch(w.next[u].key, fmt.key.unit_bytes);
-            prefetch(w.next[u].value, fmt.value.unit_bytes);
+    for (int unit = 0, count; unit < units; unit += count) {
+        count = std::min(U, units - unit);
+        if (fmt.key.scale == Scale::Channel) {
+            const uint8_t* scales = w.units[unit].key_scale;
+            if (w.units[unit + count - 1].key_scale != scales) count = 1;
+            if (w.channels != scales) round_for_channels(fmt.key, tile, scales, w);
         }
-        if (unit + U <= units)
+        for (int u = unit; u < unit + count && w.next[u].key; ++u) {
+            prefetch(w.next[u].key, fmt.key.unit_bytes);
+            if (with_values) prefetch(w.next[u].value, fmt.value.unit_bytes);
+        }
+        if (count == U)
             key_products<M, U>(fmt.key, fmt.block, tile, unit, w);
         else
             key_products<M, 1>(fmt.key, fmt.block, tile, unit, w);
     }
+}
+
+// Adds one batch of units, the first being row `number`, to what was found.
+template <int M>
+void add_units(const Format& fmt, Tile& tile, int64_t number, int units, CodedScratch& w) {
+    score_units<M, true>(fmt, tile, units, w);
     for (int m = 0; m < M; ++m) {
-        absorb(tile, m, number, units, w.score[m], w.shrink[m], w.worth[m]);
+        absorb(tile, m, number, kUnit * units, w.score[m], w.shrink[m], w.worth[m]);
         raw_values(fmt.value, units, m, w);
     }
     for (int s = 0; s < span_count(fmt.value); ++s) {
@@ -285,23 +235,12 @@ inline void collect(const Row& row, Tile& tile, const CodedScratch& w) {
     }
 }
 
-template <int M>
-void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
-    static_assert(sizeof(CodedScratch) <= sizeof(Scratch));
-    auto& w = *reinterpret_cast<CodedScratch*>(scratch.bytes);
-    Tile found;
-    found.clear(M, tile.dim);
-    for (int m = 0; m < M; ++m) {
-        found.query[m] = tile.query[m];
-        found.first[m] = tile.first[m];
-        found.last[m] = tile.last[m];
-        std::fill_n(w.raw[m], fmt.value.raw, 0.f);
-        std::fill_n(w.total[m], span_count(fmt.value), 0.f);
-        std::fill_n(w.lows[m], span_count(fmt.value), 0.f);
-        std::memset(w.sums[m], 0, sizeof(w.sums[m][0]) * fmt.value.quads.size());
-    }
-    round_query(fmt.key, found, w);
-    const int key_size = fmt.key.scale == Scale::Step ? 1 : 2, value_size = fmt.value.scale == Scale::Step ? 1 : 2;
+// Calls add(number, units) for the units of runs, one batch of them after the other, the next one being known.
+template <class Add>
+void each_batch(const Format& fmt, const Run* runs, int count, CodedScratch& w, Add add) {
+    // Bytes of scales that lie before those of the next token.
+    const int key_size = fmt.key.scale == Scale::Channel ? 0 : fmt.key.scale == Scale::Step ? 1 : 2;
+    const int value_size = fmt.value.scale == Scale::Step ? 1 : 2;
     const Run* run = runs;
     int row = count ? run->first : 0;
     // The next units of the runs, at most one batch, the one after the last having no address.
@@ -331,10 +270,39 @@ void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count, Scr
         w.units = w.batches[batch];
         w.next = w.batches[batch ^ 1];
         const int more = list(w.batches[batch ^ 1]);
-        add_units<M>(fmt, found, number, units, w);
+        add(number, units);
         number += kUnit * units;
         units = more;
     }
+}
+
+template <int M>
+void receive_coded(const Format& fmt, const Tile& tile, const Run* runs, int count, float power, float* mass, Scratch& scratch) {
+    auto& w = *reinterpret_cast<CodedScratch*>(scratch.bytes);
+    round_query(fmt.key, tile, w);
+    each_batch(fmt, runs, count, w, [&](int64_t number, int units) {
+        score_units<M, false>(fmt, tile, units, w);
+        add_received(tile, number, kUnit * units, w.score, power, mass);
+    });
+}
+
+template <int M>
+void attend_coded(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
+    static_assert(sizeof(CodedScratch) <= sizeof(Scratch));
+    auto& w = *reinterpret_cast<CodedScratch*>(scratch.bytes);
+    Tile found;
+    found.clear(M, tile.dim);
+    for (int m = 0; m < M; ++m) {
+        found.query[m] = tile.query[m];
+        found.first[m] = tile.first[m];
+        found.last[m] = tile.last[m];
+        std::fill_n(w.raw[m], fmt.value.raw, 0.f);
+        std::fill_n(w.total[m], span_count(fmt.value), 0.f);
+        std::fill_n(w.lows[m], span_count(fmt.value), 0.f);
+        std::memset(w.sums[m], 0, sizeof(w.sums[m][0]) * fmt.value.quads.size());
+    }
+    round_query(fmt.key, found, w);
+    each_batch(fmt, runs, count, w, [&](int64_t number, int units) { add_units<M>(fmt, found, number, units, w); });
     collect(fmt.value, found, w);
     merge(tile, found);
 }

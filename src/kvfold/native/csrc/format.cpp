@@ -40,6 +40,7 @@ Row make_row(const int32_t*& words, int block, bool key) {
     row.scale = Scale(*words++);
     row.groups = *words++;
     row.kept = *words++;
+    row.unit = std::min(block, kUnit);
     for (int i = 0; i < row.kept; ++i) {
         const int bits = *words++;
         row.raw += bits >= 16;
@@ -47,11 +48,11 @@ Row make_row(const int32_t*& words, int block, bool key) {
         row.widths.push_back(uint8_t(bits));
         row.offsets.push_back(row.unit_bytes);
         row.centre.push_back(bits < 16 ? float((1 << bits) - 1) / 2 : 0.f);
-        row.unit_bytes += bits * kUnit / 8;
+        row.unit_bytes += bits * row.unit / 8;
     }
-    row.scales = row.unit_bytes * block / kUnit;
-    if (block == 1 || !row.kept) {
-        row.fast = block == 1 ? row.raw_bits == 16 : true;
+    row.scales = row.unit_bytes * block / row.unit;
+    if (block < kUnit || !row.kept) {
+        row.fast = !row.kept || (block == 1 && !row.coded() && row.raw_bits == 16);
         row.spans.assign(2, 0);
         return row;
     }
@@ -59,7 +60,7 @@ Row make_row(const int32_t*& words, int block, bool key) {
     const int size = grouped ? row.kept / row.groups : std::max(1, row.coded());
     // Keys of seven bits have their two codes spread over three bytes.
     const bool sevens = std::find(row.widths.begin(), row.widths.end(), 7) != row.widths.end();
-    row.fast = row.raw_bits == 16 && !(key && sevens) && row.scale != Scale::Channel;
+    row.fast = row.raw_bits == 16 && (key ? !sevens : row.scale != Scale::Channel);
     row.spans.push_back(0);
     for (int start = row.raw; start < row.kept; start += size) {
         for (int dim = start; dim < start + size; dim += 4) {
@@ -76,6 +77,12 @@ Row make_row(const int32_t*& words, int block, bool key) {
     return row;
 }
 
+// Whether blocks of few tokens have one byte of codes for each dimension, and scales by token, if any.
+bool bytewise(const Row& row, int block) {
+    const bool scales = row.scale == Scale::Static || row.scale == Scale::Step;
+    return scales && std::all_of(row.widths.begin(), row.widths.end(), [&](int bits) { return bits * block == 8; });
+}
+
 }  // namespace
 
 int Row::nbytes(int block) const {
@@ -89,6 +96,7 @@ int Row::nbytes(int block) const {
 }
 
 Format make_format(const int32_t* words) {
+    const int32_t* const begin = words;
     Format fmt{};
     fmt.page_bytes = *words++;
     fmt.head_dim = *words++;
@@ -98,6 +106,11 @@ Format make_format(const int32_t* words) {
     fmt.key_bytes = fmt.key.nbytes(fmt.block);
     fmt.block_bytes = fmt.key_bytes + fmt.value.nbytes(fmt.block);
     fmt.capacity = fmt.page_bytes / fmt.block_bytes * fmt.block;
+    if (fmt.block < kUnit && bytewise(fmt.key, fmt.block) && bytewise(fmt.value, fmt.block)) {
+        std::vector<int32_t> same(begin, words);
+        same[2] = kRegrouped;
+        fmt.regrouped = std::make_shared<const Format>(make_format(same.data()));
+    }
     return fmt;
 }
 

@@ -1,11 +1,13 @@
 // What one page holds: the mirror of kvfold.kv.format, made from it once per distinct format.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace kvfold {
 
-constexpr int kUnit = 16;         // tokens whose codes lie together
+constexpr int kUnit = 16;         // tokens whose codes lie together, or all of a smaller block
+constexpr int kRegrouped = 256;   // tokens that small blocks are put together to at once
 constexpr int kStepsPerOctave = 12;  // of a logarithmic step
 
 enum class Scale : int { Static, Token, Channel, Step };
@@ -27,6 +29,7 @@ struct Row {
     std::vector<uint8_t> widths;    // bits of every kept dimension
     std::vector<int32_t> offsets;   // bytes before it in a unit
     std::vector<float> centre;      // what a static or logarithmic code is counted from
+    int unit = kUnit;               // tokens of one unit
     int unit_bytes = 0;             // codes of one unit
     int scales = 0;                 // byte offset of the scales from the start of the row's part of a block
     std::vector<Quad> quads;        // coded dimensions, four at a time; a group begins a new one
@@ -40,7 +43,8 @@ struct Row {
 struct Format {
     int page_bytes, head_dim, block, capacity, key_bytes, block_bytes;
     Row key, value;
-    bool raw() const { return block == 1; }
+    std::shared_ptr<const Format> regrouped;  // small blocks as the vector kernels take them, if they do
+    bool raw() const { return block == 1 && !key.coded() && !value.coded(); }
 };
 
 // `words`: page_bytes, head_dim, block, then key and value as (scale, groups, kept, widths...).

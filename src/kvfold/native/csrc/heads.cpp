@@ -9,11 +9,11 @@ extern "C" {
 
 int64_t kvfold_heads_size() { return sizeof(kvfold_heads); }
 
-void kvfold_turn(const kvfold_heads* call) {
+void kvfold_turn_heads(const kvfold_heads* call) {
     const kvfold_heads& c = *call;
-    const auto turn = static_cast<const kvfold::Kernels*>(c.kernels)->turn;
+    const auto head = static_cast<const kvfold::Kernels*>(c.kernels)->head;
     const int64_t heads = c.heads + c.kv_heads;
 #pragma omp parallel for schedule(static) if (c.tokens * heads >= 24)
-    for (int64_t i = 0; i < c.tokens * heads; ++i) turn(c, i / heads, i % heads);
+    for (int64_t i = 0; i < c.tokens * heads; ++i) head(c, i / heads, i % heads);
 }
 }

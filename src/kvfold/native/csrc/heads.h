@@ -17,7 +17,7 @@ struct kvfold_heads {
     const void* kernels;
 };
 
-void kvfold_turn(const kvfold_heads* call);
+void kvfold_turn_heads(const kvfold_heads* call);
 int64_t kvfold_heads_size();
 }
 #pragma GCC visibility pop
@@ -25,8 +25,8 @@ int64_t kvfold_heads_size();
 namespace kvfold {
 
 // One head of one token.
-void turnPortable(const kvfold_heads& call, int64_t token, int64_t head);
-void turnAvx2(const kvfold_heads& call, int64_t token, int64_t head);
-void turnVnni(const kvfold_heads& call, int64_t token, int64_t head);
+void headPortable(const kvfold_heads& call, int64_t token, int64_t head);
+void headAvx2(const kvfold_heads& call, int64_t token, int64_t head);
+void headVnni(const kvfold_heads& call, int64_t token, int64_t head);
 
 }  // namespace kvfold

@@ -22,7 +22,7 @@ void apply(const float* __restrict x, const float* __restrict map, int64_t d, fl
 
 }  // namespace
 
-void KVFOLD_NAMED(turn)(const kvfold_heads& c, int64_t token, int64_t head) {
+void KVFOLD_NAMED(head)(const kvfold_heads& c, int64_t token, int64_t head) {
     const int64_t d = c.dim, at = token * c.stride + head * d;
     const bool key = head >= c.heads;
     const int64_t group = key ? head - c.heads : head / (c.heads / c.kv_heads);

@@ -20,7 +20,7 @@ namespace kvfold {
 
 constexpr int kMaxRows = 8;    // queries that share one read
 constexpr int kMaxDim = 256;
-constexpr int kRun = 256;      // tokens whose scores are held at once
+constexpr int kRun = kRegrouped;  // tokens whose scores are held at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // Queries of one KV head and what they have found so far: out is the weighted sum of values, not yet divided by `sum`,
@@ -58,7 +58,8 @@ struct Run {
 
 // A thread's working memory. It is handed down: looking up a thread-local variable in a loop costs more than the loop.
 struct alignas(64) Scratch {
-    uint8_t bytes[192 * 1024];
+    uint8_t bytes[128 * 1024];
+    uint8_t regrouped[2 * kRun * (kMaxDim + 1) + 64];  // vectors are read whole
 };
 
 struct LinearKernels;
@@ -66,10 +67,16 @@ struct LinearKernels;
 struct Kernels {
     // Adds what `count` runs of one format hold to the tile. Runs of coded rows consist of whole units.
     void (*attend)(const Format&, Tile&, const Run*, int count, Scratch&);
+    // Adds to mass[number] what each row of the runs received: the sum of 2^(power (score - most)) over the queries that
+    // see it, `most` being their final log-sum-exp to base 2.
+    void (*receive)(const Format&, const Tile&, const Run*, int count, float power, float* mass, Scratch&);
+    // Products of a matrix [dim][dim], of which `kept` columns count: out [kept] = x [dim] matrix, out [dim] = matrix u [kept].
+    void (*turn)(const float* matrix, int dim, int kept, const float* x, float* out);
+    void (*lift)(const float* matrix, int dim, int kept, const float* u, float* out);
     const char* name;
     const Kernels* exact;  // those that do not round float32 queries and weights to 16 bits
     const LinearKernels* linear;
-    void (*turn)(const kvfold_heads&, int64_t token, int64_t head);
+    void (*head)(const kvfold_heads&, int64_t token, int64_t head);
 };
 
 extern const Kernels kPortable, kAvx2, kVnni, kVnniBf16;

@@ -1,12 +1,12 @@
-// What Python asks first: the version of the calls, and the kernels for this machine.
+// What Python asks first: the version of the calls, the kernels for this machine, and formats as they keep them.
 #include <cstring>
 
-#include "kernels.h"
+#include "attend.h"
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-int kvfold_version() { return 1; }
+int kvfold_version() { return 3; }
 
 // Kernels by name (null: the best that the machine has); the result is null where it lacks what the name needs.
 const void* kvfold_kernels(const char* name) {
@@ -29,5 +29,20 @@ const void* kvfold_kernels(const char* name) {
 }
 
 const char* kvfold_kernels_name(const void* kernels) { return static_cast<const kvfold::Kernels*>(kernels)->name; }
+
+int64_t kvfold_struct_size(int64_t which) {
+    static constexpr size_t sizes[] = {
+        sizeof(kvfold_step),   sizeof(kvfold_layer),  sizeof(kvfold_sealed_tables), sizeof(kvfold_sealed),
+        sizeof(kvfold_frame),  sizeof(kvfold_tracks), sizeof(kvfold_watch),         sizeof(kvfold_staged),
+    };
+    return int64_t(sizes[which]);
+}
+
+const void* kvfold_format(const int32_t* words) { return new kvfold::Format(kvfold::make_format(words)); }
+
+int64_t kvfold_format_bytes(const void* format, int64_t which) {
+    const auto& fmt = *static_cast<const kvfold::Format*>(format);
+    return which ? fmt.capacity : fmt.block_bytes;
+}
 }
 #pragma GCC visibility pop

@@ -147,14 +147,38 @@ void add_tokens(const Format& fmt, Tile& tile, int64_t number, RawTokens tokens,
     const int groups = (tokens.count + 15) / 16;
     for (int g = 0; g < groups; ++g) raw_keys<M>(fmt.key, tokens, 16 * g, tile.step, w);
     for (int m = 0; m < M; ++m) {
-        const int64_t end = tile.last[m];
-        tile.last[m] = std::min(end, number + tokens.count);
-        absorb(tile, m, number, groups, w.score[m], w.shrink[m], w.worth[m]);
-        tile.last[m] = end;
+        absorb(tile, m, number, tokens.count, w.score[m], w.shrink[m], w.worth[m]);
         pair_weights(w.score[m], 16 * groups, w.weight[m]);
     }
     tokens.data += fmt.key_bytes;
     raw_values<M>(fmt.value, tokens, w);
+}
+
+inline void pair_queries(const Row& row, const Tile& tile, RawScratch& w) {
+    for (int m = 0; m < tile.rows; ++m)
+        for (int d = 0; d < row.kept; d += 2)
+            w.query[d / 2][m] = make_pair(tile.plain[m][d], d + 1 < row.kept ? tile.plain[m][d + 1] : 0.f);
+}
+
+// Calls add(number, tokens) for the tokens of runs, at most kRun of them at once.
+template <class Add>
+void each_tokens(const Format& fmt, const Run* runs, int count, Add add) {
+    for (; count--; ++runs) {
+        for (int row = runs->first; row < runs->last; row += kRun) {
+            const uint8_t* data = runs->page + size_t(row) * fmt.block_bytes;
+            add(runs->number + row - runs->first, RawTokens{data, fmt.block_bytes, std::min(kRun, runs->last - row)});
+        }
+    }
+}
+
+template <int M>
+void receive_raw(const Format& fmt, const Tile& tile, const Run* runs, int count, float power, float* mass, Scratch& scratch) {
+    auto& w = *reinterpret_cast<RawScratch*>(scratch.bytes);
+    pair_queries(fmt.key, tile, w);
+    each_tokens(fmt, runs, count, [&](int64_t number, const RawTokens& tokens) {
+        for (int start = 0; start < tokens.count; start += 16) raw_keys<M>(fmt.key, tokens, start, tile.step, w);
+        add_received(tile, number, tokens.count, w.score, power, mass);
+    });
 }
 
 template <int M>
@@ -164,21 +188,13 @@ void attend_raw(const Format& fmt, Tile& tile, const Run* runs, int count, Scrat
     Tile found;
     found.clear(M, tile.dim);
     found.step = tile.step;
+    pair_queries(fmt.key, tile, w);
     for (int m = 0; m < M; ++m) {
         found.first[m] = tile.first[m];
         found.last[m] = tile.last[m];
-        for (int pair = 0; pair < (fmt.key.kept + 1) / 2; ++pair) {
-            const int d = 2 * pair;
-            w.query[pair][m] = make_pair(tile.plain[m][d], d + 1 < fmt.key.kept ? tile.plain[m][d + 1] : 0.f);
-        }
         std::memset(w.sums[m], 0, sizeof(w.sums[m][0]) * ((fmt.value.kept + 31) / 32 * 2));
     }
-    for (; count--; ++runs)
-        for (int row = runs->first; row < runs->last; row += kRun) {
-            const uint8_t* data = runs->page + size_t(row) * fmt.block_bytes;
-            const RawTokens tokens{data, fmt.block_bytes, std::min(kRun, runs->last - row)};
-            add_tokens<M>(fmt, found, runs->number + row - runs->first, tokens, w);
-        }
+    each_tokens(fmt, runs, count, [&](int64_t number, const RawTokens& tokens) { add_tokens<M>(fmt, found, number, tokens, w); });
     for (int m = 0; m < M; ++m)
         for (int d = 0; d < fmt.value.kept; ++d)
             found.out[m][d] = w.sums[m][d / 32 * 2 + d % 8 / 4][d % 32 / 8 * 4 + d % 4];

@@ -27,9 +27,9 @@ inline __m512 exp2_ps(__m512 x) {
 
 inline float exp2_one(float x) { return _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(x))); }
 
-// Which of 16 rows from `number` a query sees.
-inline __mmask16 seen(const Tile& tile, int m, int64_t number) {
-    const int64_t low = tile.first[m] - number, high = tile.last[m] - number;
+// Which of 16 rows from `number` on, those from `end` on left out, a query sees.
+inline __mmask16 seen(const Tile& tile, int m, int64_t number, int64_t end) {
+    const int64_t low = tile.first[m] - number, high = std::min(tile.last[m], end) - number;
     if (low <= 0 && high >= 16) return 0xffff;
     if (low >= 16 || high <= 0) return 0;
     const uint32_t from = low > 0 ? 0xffffu << low : 0xffffu;
@@ -40,10 +40,11 @@ inline __mmask16 seen(const Tile& tile, int m, int64_t number) {
 inline __m512 widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
 // Turns the scores of one query into weights relative to their largest one, which is returned (kNone: nothing seen).
-inline float weights(const Tile& tile, int m, int64_t number, int groups, float* scores) {
+inline float weights(const Tile& tile, int m, int64_t number, int rows, float* scores) {
+    const int groups = (rows + 15) / 16;
     __m512 top = _mm512_set1_ps(kNone);
     for (int u = 0; u < groups; ++u) {
-        const __mmask16 visible = seen(tile, m, number + 16 * u);
+        const __mmask16 visible = seen(tile, m, number + 16 * u, number + rows);
         const __m512 s = _mm512_mask_mov_ps(_mm512_set1_ps(kNone), visible, _mm512_load_ps(scores + 16 * u));
         _mm512_store_ps(scores + 16 * u, s);
         top = _mm512_max_ps(top, s);
@@ -55,17 +56,34 @@ inline float weights(const Tile& tile, int m, int64_t number, int groups, float*
     return most;
 }
 
-// One step of the online softmax: turns the scores of `groups` times 16 rows into weights and adds them to the tile's
-// sum. shrink: what all that was found before is worth now; worth: a weight of these rows.
-inline void absorb(Tile& tile, int m, int64_t number, int groups, float* scores, float& shrink, float& worth) {
-    const float here = weights(tile, m, number, groups, scores);
+// One step of the online softmax: turns the scores of some rows into weights, up to a multiple of 16 of them (those of rows
+// that are not there are 0), and adds them to the tile's sum. shrink: what all that was found before is worth now; worth: a weight of these rows.
+inline void absorb(Tile& tile, int m, int64_t number, int rows, float* scores, float& shrink, float& worth) {
+    const float here = weights(tile, m, number, rows, scores);
     const float most = std::max(tile.most[m], here);
     shrink = tile.most[m] == kNone ? 0.f : exp2_one(tile.most[m] - most);
     worth = here == kNone ? 0.f : exp2_one(here - most);
     tile.most[m] = most;
     __m512 sum = _mm512_setzero_ps();
-    for (int u = 0; u < groups; ++u) sum = _mm512_add_ps(sum, _mm512_load_ps(scores + 16 * u));
+    for (int t = 0; t < rows; t += 16) sum = _mm512_add_ps(sum, _mm512_load_ps(scores + t));
     tile.sum[m] = tile.sum[m] * shrink + _mm512_reduce_add_ps(sum) * worth;
+}
+
+// What `rows` rows of these scores received, as Kernels::receive has it.
+inline void add_received(const Tile& tile, int64_t number, int rows, const float (*scores)[kRun], float power, float* mass) {
+    for (int t = 0; t < rows; t += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        __mmask16 any = 0;
+        for (int m = 0; m < tile.rows; ++m) {
+            const __mmask16 visible = seen(tile, m, number + t, number + rows);
+            const __m512 share = _mm512_sub_ps(_mm512_load_ps(scores[m] + t), _mm512_set1_ps(tile.most[m]));
+            const __m512 weight = exp2_ps(_mm512_mul_ps(share, _mm512_set1_ps(power)));
+            sum = _mm512_mask_add_ps(sum, visible, sum, weight);
+            any |= visible;
+        }
+        float* out = mass + number + t;
+        _mm512_mask_storeu_ps(out, any, _mm512_add_ps(_mm512_maskz_loadu_ps(any, out), sum));
+    }
 }
 
 }  // namespace
