@@ -1,5 +1,6 @@
 """Run by test_kernels_library.py in a process of its own: all kernels of a library built with sanitizers."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from kvfold.errors import KernelsUnavailable
 from kvfold.kv.format import PageFormat, Row, Scale, Segment, raw_format
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.staged import StagedLayout, Watch
+from kvfold.model.elementwise import HeadNorm, Norm
+from kvfold.model.heads import split_heads
+from kvfold.model.linear import Projections, TorchLinear
+from kvfold.model.packed import PackedLinear
+from kvfold.model.packed_heads import split_heads_packed
+from kvfold.model.rope import Rotation
 from tests.attention.staged_cases import FRAMES, Case, farthest, taken
 from tests.attention.stepping import random_inputs, stepped
 
@@ -52,6 +59,27 @@ def staged(dim: int, raw: int, dtype: torch.dtype) -> list[Case]:
     return made
 
 
+def check_layers(name: str, dtype: torch.dtype) -> None:
+    """Linear layers and heads of odd sizes."""
+    os.environ["KVFOLD_BACKEND"] = f"cpu:{name}"
+    for bits, rows, inputs, tokens in ((16, 37, 33, 5), (8, 50, 70, 14), (4, 16, 40, 1), (4, 65, 31, 25)):
+        weight, x = torch.randn(rows, inputs), torch.randn(tokens, inputs).to(dtype)
+        before = Norm("rms", torch.rand(inputs) + 0.5, None, 1e-5)
+        linear = TorchLinear(weight, torch.randn(rows))
+        onto = torch.randn(tokens, rows).to(dtype)
+        found = PackedLinear(linear, bits)(x, before, onto).float()
+        wrong = found - TorchLinear(weight, linear.bias)(x.float(), before, onto.float())
+        assert wrong.norm() < 0.2 * found.norm(), (name, bits)
+    qkv = torch.randn(5, 8, 30).to(dtype)
+    maps = torch.randn(2, 30, 30) / 5
+    own = Projections(linear, linear, maps, maps, torch.randn(2, 30))
+    by = Rotation(*torch.rand(2, 5, 1, 30).unbind())
+    norm = HeadNorm(torch.rand(6, 30) + 0.5, 1e-5)
+    expected = split_heads(qkv.float(), 4, own, norm, by)
+    for found, exact in zip(split_heads_packed(qkv, 4, own, norm, by), expected, strict=True):
+        assert (found.float() - exact).norm() < 0.02 * exact.norm(), name
+
+
 def main() -> None:
     library.__file__ = sys.argv[1]
     for name in ("portable", "avx2", "avx512-vnni", "avx512-vnni-bf16"):
@@ -70,6 +98,7 @@ def main() -> None:
             for case in staged(dim, raw, dtype):
                 found, expected = (taken(b, case, 400) for b in (fast, ReferenceBackend()))
                 assert farthest(found.out, expected.out) < 0.05 * max(float(x.abs().max()) for x in expected.out), case
+            check_layers(name, dtype)
         print(name, "agreed")
 
 

@@ -34,6 +34,7 @@ from kvfold.methods.registry import build_method
 from kvfold.methods.zeroc import ZeroC
 from kvfold.model.loading import LoadedModel, load_model
 from kvfold.model.packed import weight_bits
+from kvfold.native.memory import return_freed_memory
 
 
 class LLM:
@@ -90,6 +91,8 @@ class LLM:
         self.methods = methods
         self.curve = [trial for _, curve in prepared for trial in curve]
         lanes = pack_lanes(self.model.decoder, [lane for lane, _ in prepared], bits)
+        del prepared
+        return_freed_memory()
         self.engine = Engine(self.model.decoder, self.model.tokenizer, lanes, config, attention)
 
     def generate(

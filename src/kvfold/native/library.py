@@ -1,6 +1,7 @@
 """The compiled kernels: finding the library, and the set of instructions to be used."""
 
 import ctypes
+import os
 from ctypes import c_char_p, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -41,10 +42,12 @@ def library() -> Any:
 
 
 def find_kernels(name: str | None = None) -> int:
-    """The kernels for one set of instructions (`avx512-vnni-bf16`, `avx512-vnni`, `avx2`, `portable`); None: the best.
+    """The kernels for one set of instructions (`avx512-vnni-bf16`, `avx512-vnni`, `avx2`, `portable`); None: those that
+    KVFOLD_BACKEND=cpu:NAME names, or the best.
 
     Raises KernelsUnavailable where the library is not there or the machine lacks the instructions.
     """
+    name = name or os.environ.get("KVFOLD_BACKEND", "").partition(":")[2] or None
     found: int | None = library().kvfold_kernels(None if name is None else name.encode())
     if not found:
         raise KernelsUnavailable(f"this machine has no {name} instructions; leave the choice to kvfold")
