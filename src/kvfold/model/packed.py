@@ -17,6 +17,7 @@ from kvfold.model.spec import Activation
 from kvfold.native.library import find_kernels, library
 
 _ACTIVATIONS: Mapping[Activation, int] = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+HEAD_BITS = 8  # the head decides between words: four bits there cost more than everywhere else together
 _NORMS = {"rms": 1, "layer": 2}
 _BITS: Mapping[str, int | None] = {"auto": None, "bfloat16": 16, "int8": 8, "int4": 4}
 
@@ -54,8 +55,8 @@ class LinearCall(ctypes.Structure):
 class PackedLinear:
     """Implements `Linear` for inference, float32 or bfloat16 activations; norms are to be in float32.
 
-    bits: 16 (bfloat16 weights), 8 or 4. With coded weights the input is rounded to eight bits per token and group of 64
-    (32) inputs. Raises KernelsUnavailable where the kernels were not built.
+    bits: 16 (bfloat16 weights), 8 or 4. With coded weights the input is rounded to eight bits per token and group of
+    32 inputs. Raises KernelsUnavailable where the kernels were not built.
     """
 
     def __init__(self, linear: TorchLinear, bits: int, kernels: str | None = None) -> None:
@@ -111,7 +112,7 @@ def pack_weights(weights: DecoderWeights, bits: int) -> DecoderWeights:
         (),
         tuple(_pack_layer(layer, bits) for layer in weights.layers),
         _widen(weights.final_norm),
-        _packed(weights.head, bits),
+        _packed(weights.head, max(bits, HEAD_BITS)),
     )
 
 

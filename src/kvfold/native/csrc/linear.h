@@ -2,9 +2,10 @@
 //
 // Weights [rows][inputs] lie in blocks of 16 rows, so that one register holds the same few inputs of 16 rows:
 //   16 bits: bfloat16, [rows / 16][inputs / 2][16][2];
-//    8 bits: codes + 128, [rows / 16][inputs / 4][16][4], one scale for 64 inputs of a row;
-//    4 bits: codes + 8, the same, low and high half of a byte being two consecutive fours, one scale for 32 inputs.
-// Scales are bfloat16, [rows / 16][groups][16]. Rows and inputs are padded, to 16 and to whole groups. For coded weights
+//    8 bits: codes + 128, [rows / 16][inputs / 4][16][4], one scale for 32 inputs of a row;
+//    4 bits: codes from a least number on, the same, low and high half of a byte being two consecutive fours, one scale
+//            and one least number for 32 inputs.
+// Scales are bfloat16, [rows / 16][groups][16], of 4 bits [rows / 16][groups][2][16] with the least numbers second. Rows and inputs are padded, to 16 and to whole groups. For coded weights
 // activations are rounded to eight bits per token and group, so that products are of integers.
 #pragma once
 #include <cstdint>
@@ -41,7 +42,9 @@ namespace kvfold {
 
 constexpr int kLinearRows = 16;  // rows of weights in a block
 
-inline int group_of(int64_t bits) { return bits == 4 ? 32 : bits == 8 ? 64 : 2; }
+constexpr int kGroup = 32;  // inputs that share a scale
+
+inline int group_of(int64_t bits) { return bits == 16 ? 2 : kGroup; }
 
 // A call's input, made ready once. Tokens lie in tiles of `tile`, side by side for each input, the last tile being filled
 // up with what nobody reads.
@@ -52,7 +55,7 @@ struct Inputs {
     float* numbers;  // [tiles][width][tile]
     int8_t* codes;   // [tiles][width / 4][tile][4]
     float* scales;   // [tiles][groups][tile]
-    int32_t* sums;   // [tiles][groups][tile], times minus what the weights' codes are counted from
+    int32_t* sums;   // [tiles][groups][tile]; of 8 bits times -128, what the weights' codes are counted from
 };
 
 constexpr int kMaxTile = 12;  // tokens whose sums fit into registers beside one block of weights

@@ -85,7 +85,8 @@ void normalise(const kvfold_linear& l, float* x) {
 }
 
 void quantise(const kvfold_linear& l, const Inputs& in, int64_t token, const float* x) {
-    const int size = group_of(l.bits), zero = l.bits == 4 ? 8 : 128, tile = in.tile;
+    constexpr int size = kGroup;
+    const int factor_of_sum = l.bits == 4 ? 1 : -128, tile = in.tile;
     const int64_t at = token / tile * in.groups * tile + token % tile;
     int8_t* codes = in.codes + token / tile * in.width * tile + token % tile * 4;
     for (int64_t g = 0; g < in.groups; ++g, x += size) {
@@ -98,7 +99,7 @@ void quantise(const kvfold_linear& l, const Inputs& in, int64_t token, const flo
         float finite = 0;
         for (int i = 0; i < size; ++i) finite += x[i] * 0.f;
         const float factor = top > 1e-30f && finite == 0 ? 127.f / top : 0.f;
-        int8_t own[64];
+        int8_t own[kGroup];
         int32_t sum = 0;
         for (int i = 0; i < size; ++i) {
             const int32_t code = int32_t((x[i] * factor + 12582912.f) - 12582912.f);
@@ -107,7 +108,7 @@ void quantise(const kvfold_linear& l, const Inputs& in, int64_t token, const flo
         }
         for (int i = 0; i < size; i += 4, codes += 4 * tile) std::memcpy(codes, own + i, 4);
         in.scales[at + g * tile] = top / 127.f + finite;
-        in.sums[at + g * tile] = -zero * sum;
+        in.sums[at + g * tile] = factor_of_sum * sum;
     }
 }
 

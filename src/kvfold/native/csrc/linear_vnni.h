@@ -21,25 +21,26 @@ inline void add_products(__m512i& sum, __m512i w, const int8_t* x) {
 
 template <int Bits, int Blocks, int Tokens>
 void coded_tile(const kvfold_linear& l, const Inputs& in, int64_t block, int64_t tile, float (&sums)[Tokens][Blocks][kLinearRows]) {
-    constexpr int kGroup = Bits == 4 ? 32 : 64, kVectors = kGroup * kLinearRows * Bits / 8 / 64;
+    constexpr int kVectors = kGroup * kLinearRows * Bits / 8 / 64;
     const int64_t stride = in.groups * kVectors * 64;
     const uint8_t* codes = l.codes + block * stride;
-    const uint16_t* scales = l.scales + block * in.groups * kLinearRows;
+    constexpr int kScales = Bits == 4 ? 2 : 1;
+    const uint16_t* scales = l.scales + block * in.groups * kScales * kLinearRows;
     const int8_t* x = in.codes + tile * in.width * Tokens;
     const float* steps = in.scales + tile * in.groups * Tokens;
-    const int32_t* zeros = in.sums + tile * in.groups * Tokens;
+    const int32_t* sums_of_codes = in.sums + tile * in.groups * Tokens;
     const __m512i low = _mm512_set1_epi8(15);
     __m512 found[Tokens][Blocks];
 #pragma GCC unroll 16
     for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
         for (int b = 0; b < Blocks; ++b) found[t][b] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < in.groups; ++g, steps += Tokens, zeros += Tokens) {
+    for (int64_t g = 0; g < in.groups; ++g, steps += Tokens, sums_of_codes += Tokens) {
         __m512i acc[Tokens][Blocks];
 #pragma GCC unroll 16
         for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
-            for (int b = 0; b < Blocks; ++b) acc[t][b] = _mm512_set1_epi32(zeros[t]);
+            for (int b = 0; b < Blocks; ++b) acc[t][b] = Bits == 4 ? _mm512_setzero_si512() : _mm512_set1_epi32(sums_of_codes[t]);
 #pragma GCC unroll 1
         for (int i = 0; i < kVectors; ++i, codes += 64) {
             __m512i w[Blocks], high[Blocks];
@@ -66,11 +67,15 @@ void coded_tile(const kvfold_linear& l, const Inputs& in, int64_t block, int64_t
         }
 #pragma GCC unroll 2
         for (int b = 0; b < Blocks; ++b) {
-            const __m512 scale = widen(scales + (b * in.groups + g) * kLinearRows);
+            const uint16_t* own = scales + (b * in.groups + g) * kScales * kLinearRows;
+            const __m512 scale = widen(own), least = Bits == 4 ? widen(own + kLinearRows) : _mm512_setzero_ps();
 #pragma GCC unroll 16
-            for (int t = 0; t < Tokens; ++t)
-                found[t][b] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(steps[t])), _mm512_cvtepi32_ps(acc[t][b]),
-                                              found[t][b]);
+            for (int t = 0; t < Tokens; ++t) {
+                __m512 product = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(acc[t][b]));
+                if constexpr (Bits == 4)
+                    product = _mm512_fmadd_ps(least, _mm512_set1_ps(float(sums_of_codes[t])), product);
+                found[t][b] = _mm512_fmadd_ps(product, _mm512_set1_ps(steps[t]), found[t][b]);
+            }
         }
     }
 #pragma GCC unroll 16
