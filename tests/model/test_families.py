@@ -1,6 +1,7 @@
 """Every family and variant gives the logits that transformers gives."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,6 +145,19 @@ def test_packed_weights_are_nearly_the_same_model(
     assert logits.dtype == torch.float32
     error = (logits - expected).norm() / expected.norm()
     assert error <= bound
+
+
+def test_packed_weights_with_heads_too_wide_for_the_kernels(
+    save_model: Callable[..., Any], token_ids: Tensor, run: Callable[..., Tensor]
+) -> None:
+    """Their heads are torch's, in the dtype of the activations: maps stay as they were."""
+    config = hf.LlamaConfig(**(SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}), head_dim=264)
+    decoder = load_model(save_model(config)[0], dtype=torch.bfloat16).decoder
+    maps = torch.eye(264, dtype=torch.bfloat16)[None]
+    expected = run(decoder, token_ids)
+    decoder.projections = [replace(own, query_map=maps, key_map=maps) for own in decoder.projections]
+    decoder.pack(16)
+    assert (run(decoder, token_ids) - expected).norm() <= 0.05 * expected.norm()
 
 
 def test_window_hides_what_is_older(

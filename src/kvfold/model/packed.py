@@ -12,6 +12,7 @@ from kvfold.errors import ConfigError
 from kvfold.model.blocks import DecoderWeights, LayerWeights, Mlp
 from kvfold.model.elementwise import Gate, Norm
 from kvfold.model.linear import Linear, Projections, TorchLinear
+from kvfold.model.packed_heads import MOST_DIM
 from kvfold.model.packing import pack
 from kvfold.model.spec import Activation
 from kvfold.native.library import find_kernels, library
@@ -117,18 +118,19 @@ def pack_weights(weights: DecoderWeights, bits: int) -> DecoderWeights:
 
 
 def pack_projections(projections: Sequence[Projections], bits: int) -> list[Projections]:
-    """The same with packed weights, maps in float32."""
+    """The same with packed weights, and maps as `split_heads_packed` takes them."""
     return [
         Projections(
             _packed(own.qkv, bits),
             _packed(own.out, bits),
-            *(
-                None if each is None else each.float().contiguous()
-                for each in (own.query_map, own.key_map, own.key_shift)
-            ),
+            *(_pack_map(each) for each in (own.query_map, own.key_map, own.key_shift)),
         )
         for own in projections
     ]
+
+
+def _pack_map(numbers: Tensor | None) -> Tensor | None:
+    return numbers if numbers is None or numbers.shape[-1] > MOST_DIM else numbers.float().contiguous()
 
 
 def _pack_layer(layer: LayerWeights, bits: int) -> LayerWeights:
