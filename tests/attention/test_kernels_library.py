@@ -16,6 +16,8 @@ from kvfold.attention.cpu.backend import CpuBackend
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.errors import ConfigError, KernelsUnavailable
 from kvfold.kv.format import PageFormat, Row, Scale, Segment
+from kvfold.model.packed import LinearCall
+from kvfold.model.packed_heads import HeadsCall
 from kvfold.native.build import BuildError, build
 
 
@@ -91,8 +93,9 @@ def test_formats_with_sums_go_to_the_reference() -> None:
 
 
 def test_structures_have_the_size_that_the_library_expects() -> None:
-    expected = [library.library().kvfold_struct_size(which) for which in range(len(calls.STRUCTURES))]
-    assert [ctypes.sizeof(structure) for structure in calls.STRUCTURES] == expected
+    structures = (*calls.STRUCTURES, LinearCall, HeadsCall)
+    expected = [library.library().kvfold_struct_size(which) for which in range(len(structures))]
+    assert [ctypes.sizeof(structure) for structure in structures] == expected
 
 
 @pytest.mark.slow

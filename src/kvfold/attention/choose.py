@@ -9,8 +9,8 @@ from kvfold.attention.cpu.backend import CpuBackend
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.attention.triton import triton_backend
 from kvfold.errors import ConfigError, KernelsUnavailable
+from kvfold.native.library import VARIABLE as VARIABLE
 
-VARIABLE = "KVFOLD_BACKEND"
 NAMES = ("auto", "cpu", "cpu:KERNELS", "triton", "reference")
 
 _log = logging.getLogger(__name__)

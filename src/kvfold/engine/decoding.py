@@ -1,13 +1,14 @@
 """Steps that only decode, one token per sequence, as one call of the compiled kernels."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvfold.attention.base import SequenceStep
+from kvfold.attention.base import Plan, SequenceStep
 from kvfold.attention.cpu.sealed import CpuSealedPlan
 from kvfold.model.decoder import Decoder
 from kvfold.model.heads import views
@@ -37,7 +38,7 @@ class DecodeProgram:
         attended, lse = buffer(spec.heads, dim), buffer(spec.heads, dtype=torch.float32)
         inner = buffer(_packed(decoder.weights.layers[0].mlp.up).rows)
         self._angles = [Rotation(*(buffer(1, dim, dtype=torch.float32) for _ in range(2))) for _ in decoder.rope_kinds]
-        self._buffers = qkv, attended, lse, inner
+        self._buffers = qkv, attended, lse, inner  # which the calls only point to
         calls: list[tuple[Kind, Any]] = []
         for index, layer in enumerate(decoder.weights.layers):
             kind = decoder.rope_kind_of_layer[index]
@@ -82,7 +83,7 @@ class DecodePrograms:
         self._programs: OrderedDict[tuple[tuple[int, int], ...], DecodeProgram] = OrderedDict()
 
     def run(
-        self, lanes: Seq[tuple[int, Seq[Projections], Steps, Any]], token_ids: Tensor, positions: Tensor
+        self, lanes: Seq[tuple[int, Seq[Projections], Steps, Callable[[], Plan]]], token_ids: Tensor, positions: Tensor
     ) -> Tensor | None:
         """lanes: (number, projections, steps, a function that plans them). None where this cannot be one call."""
         if not self._possible:
@@ -90,9 +91,10 @@ class DecodePrograms:
         key = tuple((number, len(steps)) for number, _, steps, _ in lanes)
         if key not in self._programs:
             plans = [plan() for *_, plan in lanes]
-            if not all(isinstance(plan, CpuSealedPlan) for plan in plans):
+            sealed = [plan for plan in plans if isinstance(plan, CpuSealedPlan)]
+            if len(sealed) < len(plans):
                 return None
-            parts = [(own, plan, len(steps)) for (_, own, steps, _), plan in zip(lanes, plans, strict=True)]
+            parts = [(own, plan, len(steps)) for (_, own, steps, _), plan in zip(lanes, sealed, strict=True)]
             self._programs[key] = DecodeProgram(self._decoder, parts)
             if len(self._programs) > KEPT:
                 self._programs.popitem(last=False)

@@ -1,8 +1,9 @@
 """One forward pass over what the scheduler chose: tokens in, logits of the sequences that caught up out."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class _Part:
     lane: MethodLane
     steps: list[SequenceStep[Any]]
     tokens: slice
+    plan: Callable[[], Plan]  # made when it is first asked for
 
 
 class Runner:
@@ -68,7 +70,7 @@ class Runner:
     def _forward(self, ordered: Seq[Scheduled], token_ids: Tensor, positions: Tensor) -> Tensor:
         parts = self._parts(ordered)
         if len(ordered) == len(token_ids):
-            decoding = [(p.number, p.lane.weights, p.steps, partial(self._plan, p)) for p in parts]
+            decoding = [(p.number, p.lane.weights, p.steps, p.plan) for p in parts]
             hidden = self._programs.run(decoding, token_ids, positions)
             if hidden is not None:
                 return hidden
@@ -77,6 +79,7 @@ class Runner:
     def _parts(self, ordered: Seq[Scheduled]) -> list["_Part"]:
         """The lanes that have something to do, in the order of the batch."""
         parts, first = [], 0
+        scale = self._decoder.spec.attention_scale
         for number, lane in enumerate(self._lanes):
             steps: list[SequenceStep[Any]] = []
             count = 0
@@ -85,16 +88,13 @@ class Runner:
                     steps.append(SequenceStep[Any](item.sequence.held, count, item.count))
                     count += item.count
             if steps:
-                parts.append(_Part(number, lane, steps, slice(first, first + count)))
+                plan = cache(partial(self._backend.plan, self._memory.pool, lane.layout, steps, scale))
+                parts.append(_Part(number, lane, steps, slice(first, first + count), plan))
                 first += count
         return parts
 
-    def _plan(self, part: "_Part") -> Plan:
-        scale = self._decoder.spec.attention_scale
-        return self._backend.plan(self._memory.pool, part.lane.layout, part.steps, scale)
-
     def _batch_lane(self, part: "_Part") -> Lane:
-        plan = self._plan(part)
+        plan = part.plan()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return plan.attend(layer, q, k, v)[0]

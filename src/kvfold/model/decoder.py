@@ -46,13 +46,13 @@ class Lane:
 class Decoder:
     """A decoder-only model. Weights carry no gradient; activations may (calibration differentiates).
 
-    dtype: of activations; None: the weights'. `projections` are those of the unchanged model, one per layer.
+    dtype: of activations, which packing does not change. `projections` are those of the unchanged model, one per layer.
     """
 
-    def __init__(self, spec: ModelSpec, weights: DecoderWeights, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, spec: ModelSpec, weights: DecoderWeights) -> None:
         self.spec = spec
         self.weights = weights
-        self.dtype = dtype or weights.embedding.dtype
+        self.dtype = weights.embedding.dtype
         self.projections = [Projections.of(own) for own in weights.attention]
         self._split_heads: SplitHeads = split_heads
         self._angles = self.dtype

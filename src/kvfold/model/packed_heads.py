@@ -10,9 +10,8 @@ from kvfold.model.elementwise import HeadNorm
 from kvfold.model.heads import QKV, views
 from kvfold.model.linear import Projections
 from kvfold.model.rope import Rotation
+from kvfold.native.library import MOST_DIM as MOST_DIM
 from kvfold.native.library import find_kernels, library
-
-MOST_DIM = 256
 
 
 class HeadsCall(ctypes.Structure):

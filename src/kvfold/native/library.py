@@ -11,6 +11,8 @@ import torch
 
 from kvfold.errors import KernelsUnavailable
 
+MOST_DIM = 256  # of a head: kMaxDim of kernels.h
+VARIABLE = "KVFOLD_BACKEND"  # what computes attention; after a colon, the instructions of all kernels
 VERSION = 3  # of the calls; the library has the same number, or it was built from other sources
 
 
@@ -47,7 +49,7 @@ def find_kernels(name: str | None = None) -> int:
 
     Raises KernelsUnavailable where the library is not there or the machine lacks the instructions.
     """
-    name = name or os.environ.get("KVFOLD_BACKEND", "").partition(":")[2] or None
+    name = name or os.environ.get(VARIABLE, "").partition(":")[2] or None
     found: int | None = library().kvfold_kernels(None if name is None else name.encode())
     if not found:
         raise KernelsUnavailable(f"this machine has no {name} instructions; leave the choice to kvfold")

@@ -5,7 +5,7 @@ from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import cache
 
 from kvfold.kv.format import UNIT, PageFormat, Row, Scale
-from kvfold.native.library import library
+from kvfold.native.library import MOST_DIM, library
 
 _SCALES = {Scale.STATIC: 0, Scale.TOKEN: 1, Scale.CHANNEL: 2, Scale.STEP: 3}
 
@@ -83,7 +83,7 @@ STRUCTURES = (Step, Layer, SealedTables, SealedCall, FrameInfo, Tracks, WatchInf
 
 def supported(fmt: PageFormat) -> bool:
     """Whether the kernels know this format. They do not keep sums of codes, nor units of odd sizes."""
-    if fmt.key.sums or fmt.value.sums or fmt.head_dim > 256:
+    if fmt.key.sums or fmt.value.sums or fmt.head_dim > MOST_DIM:
         return False
     return fmt.block <= 256 and (fmt.block % UNIT == 0 or UNIT % fmt.block == 0)
 

@@ -83,7 +83,7 @@ struct kvfold_staged {
     int64_t watched;
 };
 
-int64_t kvfold_struct_size(int64_t which);  // in the order of calls.STRUCTURES
+int64_t kvfold_struct_size(int64_t which);  // in the order of calls.STRUCTURES, then linear and heads
 const void* kvfold_format(const int32_t* words);
 int64_t kvfold_format_bytes(const void* format, int64_t which);  // 0: block_bytes, 1: capacity
 void kvfold_attend_sealed(const kvfold_sealed* call);

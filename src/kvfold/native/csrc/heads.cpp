@@ -7,8 +7,6 @@
 
 extern "C" {
 
-int64_t kvfold_heads_size() { return sizeof(kvfold_heads); }
-
 void kvfold_turn_heads(const kvfold_heads* call) {
     const kvfold_heads& c = *call;
     const auto head = static_cast<const kvfold::Kernels*>(c.kernels)->head;

@@ -18,7 +18,6 @@ struct kvfold_heads {
 };
 
 void kvfold_turn_heads(const kvfold_heads* call);
-int64_t kvfold_heads_size();
 }
 #pragma GCC visibility pop
 

@@ -99,6 +99,21 @@ static inline uint16_t to_bf16(float value) {
     return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+// Numbers [at, at + count) of a tensor of float32 (wide) or bfloat16.
+static inline void load_numbers(const void* tensor, bool wide, int64_t at, int64_t count, float* out) {
+    if (wide)
+        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<const float*>(tensor)[at + i];
+    else
+        for (int64_t i = 0; i < count; ++i) out[i] = from_bf16(static_cast<const uint16_t*>(tensor)[at + i]);
+}
+
+static inline void store_numbers(void* tensor, bool wide, int64_t at, int64_t count, const float* numbers) {
+    if (wide)
+        for (int64_t i = 0; i < count; ++i) static_cast<float*>(tensor)[at + i] = numbers[i];
+    else
+        for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(tensor)[at + i] = to_bf16(numbers[i]);
+}
+
 // An uncompressed number of 16 or 32 bits.
 static inline float read_raw(const uint8_t* data, int bits) {
     float value;

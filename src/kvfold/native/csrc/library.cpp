@@ -2,6 +2,8 @@
 #include <cstring>
 
 #include "attend.h"
+#include "heads.h"
+#include "linear.h"
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -34,6 +36,7 @@ int64_t kvfold_struct_size(int64_t which) {
     static constexpr size_t sizes[] = {
         sizeof(kvfold_step),   sizeof(kvfold_layer),  sizeof(kvfold_sealed_tables), sizeof(kvfold_sealed),
         sizeof(kvfold_frame),  sizeof(kvfold_tracks), sizeof(kvfold_watch),         sizeof(kvfold_staged),
+        sizeof(kvfold_linear), sizeof(kvfold_heads),
     };
     return int64_t(sizes[which]);
 }

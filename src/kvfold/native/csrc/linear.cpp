@@ -45,8 +45,6 @@ Inputs make_inputs(const kvfold_linear& l, int64_t tiles) {
 
 extern "C" {
 
-int64_t kvfold_linear_size() { return sizeof(kvfold_linear); }
-
 void kvfold_multiply(const kvfold_linear* call) {
     using namespace kvfold;
     const kvfold_linear& l = *call;
@@ -60,7 +58,8 @@ void kvfold_multiply(const kvfold_linear* call) {
     const int64_t tasks = (blocks + size - 1) / size;
 #pragma omp parallel
     {
-        std::vector<float> row(size_t(2 * in.width) + 16);
+        thread_local std::vector<float> row;  // stays, as the working memory does
+        if (row.size() < size_t(2 * in.width)) row.resize(size_t(2 * in.width));
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < l.tokens; ++token) kernels.prepare(l, in, token, row.data());
 #pragma omp for schedule(dynamic, 1) collapse(2) nowait

@@ -34,7 +34,6 @@ struct kvfold_linear {
 };
 
 void kvfold_multiply(const kvfold_linear* call);
-int64_t kvfold_linear_size();
 }
 #pragma GCC visibility pop
 

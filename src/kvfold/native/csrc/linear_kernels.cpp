@@ -114,12 +114,7 @@ void quantise(const kvfold_linear& l, const Inputs& in, int64_t token, const flo
 
 void prepare(const kvfold_linear& l, const Inputs& in, int64_t token, float* x) {
     const int64_t n = l.gated ? 2 * l.inputs : l.inputs;
-    if (l.wide) {
-        std::memcpy(x, static_cast<const float*>(l.x) + token * l.x_stride, size_t(n) * sizeof(float));
-    } else {
-        const uint16_t* from = static_cast<const uint16_t*>(l.x) + token * l.x_stride;
-        for (int64_t i = 0; i < n; ++i) x[i] = from_bf16(from[i]);
-    }
+    load_numbers(l.x, l.wide, token * l.x_stride, n, x);
     if (l.norm) normalise(l, x);
     const float* up = l.gated ? x + l.inputs : nullptr;
     if (l.activation == 1) activate<silu>(x, up, l.inputs);
@@ -142,20 +137,12 @@ void finish(const kvfold_linear& l, int64_t token, int64_t row, const float* sum
     for (int i = 0; i < n; ++i) y[i] = sums[i];
     if (l.bias)
         for (int i = 0; i < n; ++i) y[i] += l.bias[row + i];
-    const int64_t from = token * l.onto_stride + row, to = token * l.rows + row;
-    if (l.wide) {
-        const float* onto = static_cast<const float*>(l.onto) + from;
-        if (l.onto)
-            for (int i = 0; i < n; ++i) y[i] += onto[i];
-        float* out = static_cast<float*>(l.out) + to;
-        for (int i = 0; i < n; ++i) out[i] = y[i];
-    } else {
-        const uint16_t* onto = static_cast<const uint16_t*>(l.onto) + from;
-        if (l.onto)
-            for (int i = 0; i < n; ++i) y[i] += from_bf16(onto[i]);
-        uint16_t* out = static_cast<uint16_t*>(l.out) + to;
-        for (int i = 0; i < n; ++i) out[i] = to_bf16(y[i]);
+    if (l.onto) {
+        float onto[kLinearRows];
+        load_numbers(l.onto, l.wide, token * l.onto_stride + row, n, onto);
+        for (int i = 0; i < n; ++i) y[i] += onto[i];
     }
+    store_numbers(l.out, l.wide, token * l.rows + row, n, y);
 }
 
 template <int Bits, int Blocks, int Tokens>

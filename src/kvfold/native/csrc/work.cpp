@@ -40,13 +40,9 @@ void finish(const Layer& l, const Task& task, const Tile& tile, const Queries& q
         const int64_t at = queries.out(l, step, task.head, m);
         const float share = 1.f / tile.sum[m];
         l.lse[at] = float((double(tile.most[m]) + std::log2(tile.sum[m])) / kLog2E);
-        for (int64_t d = 0; d < l.dim; ++d) {
-            const float value = tile.out[m][d] * share;
-            if (l.wide)
-                static_cast<float*>(l.out)[at * l.dim + d] = value;
-            else
-                static_cast<uint16_t*>(l.out)[at * l.dim + d] = to_bf16(value);
-        }
+        float numbers[kMaxDim];
+        for (int64_t d = 0; d < l.dim; ++d) numbers[d] = tile.out[m][d] * share;
+        store_numbers(l.out, l.wide, at * l.dim, l.dim, numbers);
     }
 }
 
