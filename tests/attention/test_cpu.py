@@ -87,7 +87,7 @@ def test_kernels_agree_with_the_reference(
         for (out, lse), (out_r, lse_r) in zip(sequence, reference, strict=True):
             spread = max(float(out_r.float().pow(2).mean().sqrt()), 1e-3)
             wrong, off = (out.float() - out_r.float()) / spread, lse - lse_r
-            if "vnni" in kernels:  # queries are rounded to 7 bits or 14, weights to 8
+            if "vnni" in kernels:  # queries are rounded to 8 bits or 15, weights to 8 or 16
                 assert float(wrong.pow(2).mean().sqrt()) < 0.02
                 assert float(off.pow(2).mean().sqrt()) < 0.01
             # Elsewhere what is left is the rounding of the output, 1/256 of the largest number in it.
@@ -107,5 +107,6 @@ def test_scales_of_channels(kernels: str, block: int, dim: int) -> None:
     (got,), (expected,) = (
         stepped(b, layout, inputs, [[690, 1, 1, 9]], 0.05, 400)[0] for b in (backend(kernels), ReferenceBackend())
     )
-    torch.testing.assert_close(got[0], expected[0], rtol=5e-3, atol=5e-3)
-    torch.testing.assert_close(got[1], expected[1], rtol=1e-3, atol=2e-3)
+    wrong, off = got[0].float() - expected[0].float(), got[1] - expected[1]
+    assert float(wrong.norm() / expected[0].float().norm()) < (0.08 if "vnni" in kernels else 1e-5)
+    assert float(off.pow(2).mean().sqrt()) < (0.02 if "vnni" in kernels else 1e-5)

@@ -48,6 +48,7 @@ Row make_row(const int32_t*& words, int block, bool key) {
         row.widths.push_back(uint8_t(bits));
         row.offsets.push_back(row.unit_bytes);
         row.centre.push_back(bits < 16 ? float((1 << bits) - 1) / 2 : 0.f);
+        row.bits += bits < 16 ? bits : 0;
         row.unit_bytes += bits * row.unit / 8;
     }
     row.scales = row.unit_bytes * block / row.unit;
@@ -64,10 +65,14 @@ Row make_row(const int32_t*& words, int block, bool key) {
     row.spans.push_back(0);
     for (int start = row.raw; start < row.kept; start += size) {
         for (int dim = start; dim < start + size; dim += 4) {
-            Quad quad;
+            Quad quad{};
             quad.offset = row.offsets[dim];
             quad.dim = dim;
             quad.dims = std::min(4, start + size - dim);
+            for (int d = dim; d < dim + quad.dims; ++d) {
+                quad.bytes += row.widths[d] * row.unit / 8;
+                quad.noise += float(1 << 2 * row.widths[d]) / (12 * 12);  // of a product of two numbers of even distribution
+            }
             (key ? interleave_keys : interleave_values)(quad, row);
             row.quads.push_back(quad);
         }

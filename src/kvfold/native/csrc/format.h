@@ -20,10 +20,13 @@ struct alignas(64) Quad {
     uint8_t flip[64];    // of values: makes codes of eight bits signed numbers, 128 lower
     int32_t offset;      // of the window in the unit
     int32_t dim, dims;   // the first dimension, and how many there are: a group may end before the fourth
+    int32_t bytes;       // of its codes in the unit
+    float noise;         // squared error of a score for one of the queries' roundings
 };
 
 struct Row {
     int kept = 0, raw = 0, raw_bits = 16;
+    int bits = 0;                   // of all codes of a token
     Scale scale = Scale::Static;
     int groups = 1;                 // token scales: groups of dimensions
     std::vector<uint8_t> widths;    // bits of every kept dimension
@@ -38,6 +41,8 @@ struct Row {
 
     int coded() const { return kept - raw; }
     int nbytes(int block) const;
+    // Whether codes are so precise that rounding what they are multiplied with to one byte would show.
+    bool fine() const { return bits > 6 * coded(); }
 };
 
 struct Format {

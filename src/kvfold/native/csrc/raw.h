@@ -79,9 +79,9 @@ inline __m512i load_numbers(const uint8_t* data, int dims) {
     return _mm512_maskz_loadu_epi16(there, data);
 }
 
-// Where a run's token is, rows being `stride` bytes apart within a page.
+// Where a run's tokens are, rows being `stride` bytes apart within a page, and those that come next.
 struct RawTokens {
-    const uint8_t* data;
+    const uint8_t *data, *next;
     int stride, count;
 };
 
@@ -93,6 +93,7 @@ void raw_keys(const Row& row, const RawTokens& tokens, int start, float step, Ra
             x[t] = start + t < tokens.count
                        ? load_numbers(tokens.data + size_t(start + t) * tokens.stride + 2 * dim, row.kept - dim)
                        : _mm512_setzero_si512();
+        for (int t = 0; t < 16; ++t) prefetch(tokens.next + size_t(start + t) * tokens.stride + 2 * dim, 1);
         transpose(x);
         for (int i = 0; i < 16; ++i) _mm512_store_si512(w.pairs[dim / 2 + i], x[i]);
     }
@@ -125,6 +126,8 @@ void raw_values(const Row& row, const RawTokens& tokens, RawScratch& w) {
         for (int m = 0; m < M; ++m) low[m] = high[m] = _mm512_setzero_ps();
         for (int t = 0; t < tokens.count; t += 2) {
             const uint8_t* data = tokens.data + size_t(t) * tokens.stride + 2 * dim;
+            const uint8_t* next = tokens.next + size_t(t) * tokens.stride + 2 * dim;
+            prefetch(next, 1), prefetch(next + tokens.stride, 1);
             const __m512i a = load_numbers(data, row.kept - dim);
             const __m512i b = t + 1 < tokens.count ? load_numbers(data + tokens.stride, row.kept - dim) : _mm512_setzero_si512();
             const PairSum first(_mm512_unpacklo_epi16(a, b)), second(_mm512_unpackhi_epi16(a, b));
@@ -151,6 +154,7 @@ void add_tokens(const Format& fmt, Tile& tile, int64_t number, RawTokens tokens,
         pair_weights(w.score[m], 16 * groups, w.weight[m]);
     }
     tokens.data += fmt.key_bytes;
+    tokens.next += fmt.key_bytes;
     raw_values<M>(fmt.value, tokens, w);
 }
 
@@ -166,7 +170,9 @@ void each_tokens(const Format& fmt, const Run* runs, int count, Add add) {
     for (; count--; ++runs) {
         for (int row = runs->first; row < runs->last; row += kRun) {
             const uint8_t* data = runs->page + size_t(row) * fmt.block_bytes;
-            add(runs->number + row - runs->first, RawTokens{data, fmt.block_bytes, std::min(kRun, runs->last - row)});
+            const uint8_t* next = data + size_t(kRun) * fmt.block_bytes;
+            if (row + kRun >= runs->last && count) next = runs[1].page + size_t(runs[1].first) * fmt.block_bytes;
+            add(runs->number + row - runs->first, RawTokens{data, next, fmt.block_bytes, std::min(kRun, runs->last - row)});
         }
     }
 }
