@@ -20,6 +20,7 @@ BLOCK_TOKENS = 512
 """Prompt tokens that one entry of Mooncake's `hash_ids` stands for."""
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+MOONCAKE_FIELDS = ("timestamp", "input_length", "output_length")
 MOST_TOKENS = 2**31
 
 
@@ -95,10 +96,15 @@ def _mooncake(lines: Iterable[str]) -> Iterator[TraceRequest]:
             raise _MalformedLine(number, "no JSON") from error
         if not isinstance(fields, dict):
             raise _MalformedLine(number, "no JSON object")
-        timestamp = fields.get("timestamp")
+        missing = [name for name in MOONCAKE_FIELDS if name not in fields]
+        if missing:
+            raise _MalformedLine(number, f"{missing[0]!r} is missing")
+        timestamp = fields["timestamp"]
         if not isinstance(timestamp, int | float) or isinstance(timestamp, bool) or not math.isfinite(timestamp):
             raise _MalformedLine(number, "'timestamp' is no number of milliseconds")
-        prompt, generated = (_tokens(fields.get(name), name, number) for name in ("input_length", "output_length"))
+        if timestamp < 0:
+            raise _MalformedLine(number, f"'timestamp' {timestamp} is negative")
+        prompt, generated = (_tokens(fields[name], name, number) for name in MOONCAKE_FIELDS[1:])
         yield TraceRequest(timestamp / 1000, prompt, generated, _hash_ids(fields.get("hash_ids", []), prompt, number))
 
 
