@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 import kvfold
-from kvfold.cli import options
+from kvfold.cli import options, parallel
 from kvfold.cli.output import print_curve, print_json, shown
 from kvfold.cli.progress import ConsoleProgress
 from kvfold.config.method import parse_method
 from kvfold.config.size import parse_bytes
-from kvfold.errors import PromptError
+from kvfold.errors import ConfigError, PromptError
 
 STDIN = Path("-")
 
@@ -56,6 +56,10 @@ def generate(
     dtype: options.Dtype = "auto",
     weights: options.Weights = "auto",
     calibration: options.Calibration = None,
+    sequence_parallel: parallel.Ranks = None,
+    variant: parallel.Variant = "ring",
+    wire_bits: parallel.WireBits = 16,
+    rank_timeout: parallel.Timeout = 120.0,
     json: options.Json = False,
 ) -> None:
     """Continue one or more prompts; several run as one batch.
@@ -70,6 +74,30 @@ def generate(
     params = kvfold.SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
     )
+    if sequence_parallel is not None:
+        if context is not None:
+            raise ConfigError("--context-file does not go with --sequence-parallel; put the document into the prompt")
+        answers = parallel.run_parallel(
+            parallel.make_config(
+                sequence_parallel,
+                variant,
+                model=model,
+                kv=kv,
+                kv_memory=memory,
+                dtype=dtype,
+                weights=weights,
+                calibration=None if calibration is None else str(calibration),
+                wire_bits=wire_bits,
+                timeout=rank_timeout,
+            ),
+            prompts,
+            chat,
+            params,
+            seed,
+        )
+        if answers is not None:
+            _print(model, kv, answers.requests, answers.seconds, [], json, answers.wire)
+        return
     progress = ConsoleProgress()
     llm = kvfold.LLM(
         model,
@@ -92,9 +120,23 @@ def generate(
         marked = [text if context is None else {"context": context, "prompt": text} for text in prompts]
         outputs = llm.generate(marked, params, progress=progress)
     seconds = time.perf_counter() - started
+    _print(model, kv, outputs, seconds, llm.curve, json)
+
+
+def _print(
+    model: str,
+    kv: str,
+    outputs: list["kvfold.RequestOutput"],
+    seconds: float,
+    curve: list[Any],
+    json: bool,
+    wire: dict[str, Any] | None = None,
+) -> None:
+    """Texts and summary, or one JSON object. wire: what went between the ranks, if there were several."""
     if json:
         results = [_result(output) for output in outputs]
-        print_json({"model": model, "kv": kv, "seconds": seconds, "curve": llm.curve, "outputs": results})
+        more = {} if wire is None else {"wire": wire}
+        print_json({"model": model, "kv": kv, "seconds": seconds, "curve": curve, "outputs": results, **more})
         return
     for index, output in enumerate(outputs):
         if len(outputs) > 1:
@@ -102,6 +144,8 @@ def generate(
         typer.echo(output.outputs[0].text)
     sys.stdout.flush()
     _print_summary(outputs, seconds)
+    if wire is not None:
+        parallel.print_wire(wire)
 
 
 def read_prompts(texts: list[str], files: list[Path]) -> list[str]:
