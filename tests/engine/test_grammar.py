@@ -298,8 +298,8 @@ def test_a_row_without_a_choice_ends_alone(
     expected = finish(engine, ids)
     run, steps = engine._runner.run, iter(range(100))
 
-    def poisoned(scheduled: Any) -> Any:
-        result = run(scheduled)
+    def poisoned(*arguments: Any) -> Any:
+        result = run(*arguments)
         if next(steps) == 5:
             for row, sequence in enumerate(result.ready):
                 if sequence.request.id == "bad" and sequence.output.index == 1:

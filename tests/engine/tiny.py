@@ -39,7 +39,8 @@ SIZES = {
 
 
 def config(family: str) -> Any:
-    """llama: groups of 2; qwen2: biases; gemma3: a window of 40 in the first layer; gpt2: no RoPE."""
+    """llama: groups of 2; qwen2: biases; gemma3: a window of 40 in the first layer; gpt2: no RoPE;
+    mqa: one KV head."""
     import transformers as hf
 
     if family == "gpt2":
@@ -49,6 +50,8 @@ def config(family: str) -> Any:
         kinds = ["sliding_attention", "full_attention"]
         own = {"sliding_window": 40, "layer_types": kinds, "query_pre_attn_scalar": 16}
         return hf.Gemma3TextConfig(**SIZES, **own)
+    if family == "mqa":
+        return hf.LlamaConfig(**{**SIZES, "num_key_value_heads": 1})
     return {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config}[family](**SIZES)
 
 

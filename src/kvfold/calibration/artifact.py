@@ -34,8 +34,11 @@ class Header:
 
 @dataclass(frozen=True)
 class Artifact:
+    """checksum: of the file that it was read from."""
+
     header: Header
     tensors: Mapping[str, Tensor]
+    checksum: str = ""
 
 
 def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
@@ -109,8 +112,9 @@ def load_artifact(path: Path, model: str | None = None) -> Artifact:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CalibrationError(f"{path} is damaged and cannot be read; {again}") from error
-    if metadata.get("kvfold_checksum") != checksum(metadata["kvfold_header"], tensors):
+    found = checksum(metadata["kvfold_header"], tensors)
+    if metadata.get("kvfold_checksum") != found:
         raise CalibrationError(f"{path} fails its checksum; {again}")
     if model is not None and header.model != model:
         raise CalibrationError(f"{path} was made for another model; {again} for this one")
-    return Artifact(header, tensors)
+    return Artifact(header, tensors, found)

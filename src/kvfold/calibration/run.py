@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from kvfold.calibration.artifact import (
@@ -124,8 +125,11 @@ def find_artifact(model: LoadedModel, path: Path | None, progress: Progress = SI
     path = default_path(model, text, None, None)
     if not os.path.isfile(path):
         check_folder(path.parent)
-        full = model if model.decoder.dtype == torch.float32 else load_model(model.path, dtype=torch.float32)
-        save_artifact(path, calibrate_model(full, text, progress=progress))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):  # workers that start together need it made once
+            if not os.path.isfile(path):
+                full = model if model.decoder.dtype == torch.float32 else load_model(model.path, dtype=torch.float32)
+                save_artifact(path, calibrate_model(full, text, progress=progress))
     return path, load_artifact(path, model.fingerprint)
 
 

@@ -10,6 +10,7 @@ from kvfold.attention.base import AttentionBackend
 from kvfold.attention.choose import choose_backend
 from kvfold.config.engine import EngineConfig
 from kvfold.engine.detokenizer import Detokenizer
+from kvfold.engine.handover import Arriving, Handovers
 from kvfold.engine.lane import MethodLane
 from kvfold.engine.memory import KVMemory
 from kvfold.engine.outputs import CompletionOutput, FinishReason, KVUsage, Logprob, RequestMetrics, RequestOutput
@@ -23,6 +24,7 @@ from kvfold.engine.stats import EngineStats, PoolMap, collect_stats, map_pool
 from kvfold.errors import PromptError
 from kvfold.kv.staged import StagedLayout
 from kvfold.kv.staged_tables import StagedTables
+from kvfold.kv.wire import Tail
 from kvfold.model.decoder import Decoder
 
 if TYPE_CHECKING:  # xgrammar is read with the first grammar
@@ -49,6 +51,8 @@ class Engine:
         self._config = config
         self._runner = Runner(decoder, lanes, self.memory, backend or choose_backend())
         self._sampler = Sampler()
+        self.handovers = Handovers(self.lanes, self.memory, self.scheduler, config.max_sequences)
+        self.stalled = False  # the last step computed nothing: others have to fetch what memory is full of
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
         # Totals since the start; a prompt that is computed again after preemption counts again.
@@ -71,11 +75,16 @@ class Engine:
         grammar: bytes | None = None,
         context: int | None = None,
         tap: LogitsTap | None = None,
+        handover: bool = False,
+        outputs: Seq[Seq[int] | None] = (),
+        arrived: tuple[Arriving, Tail] | None = None,
     ) -> str:
         """Queues a request and returns its id.
 
         grammar: from a `GrammarCompiler` of this model; each completion must follow it. context: prompt tokens that
         a method with compress="context" compresses before it reads the others. tap: receives logits of the prompt.
+        handover: after its first token it waits in `handovers.outbox` for another engine. outputs: what each of its
+        completions has said already, elsewhere, None where it has ended. arrived: the cache of all tokens but the last.
         Raises PromptError or MemoryLimitError for a prompt that can never be served, GrammarError for bytes that
         are no grammar.
         """
@@ -92,7 +101,7 @@ class Engine:
         wanted = positions if params.max_tokens is None else min(length + params.max_tokens, positions)
         limit = self.memory.longest(lane, wanted, context)
         metrics = RequestMetrics(time.monotonic())
-        request = Request(request_id, prompt, list(prompt_token_ids), params, lane, metrics, context, tap)
+        request = Request(request_id, prompt, list(prompt_token_ids), params, lane, metrics, context, tap, handover)
         for index in range(params.n):
             output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
             row = RowState.create(
@@ -106,9 +115,14 @@ class Engine:
                 grammar=None if grammar is None else self._grammars.start(grammar),
             )
             request.sequences.append(Sequence(request, row, Detokenizer(self._tokenizer, params), output, limit))
+        going_on = [s for s, said in zip(request.sequences, outputs, strict=False) if s.resume(said)]
+        if arrived is not None:
+            self.handovers.accept(*arrived, going_on)
+        else:
+            # The others of n sequences that have said nothing join when the first one has computed the prompt.
+            for sequence in going_on or request.sequences[:1]:
+                self.scheduler.add(sequence)
         self._requests[request_id] = request
-        # The others of n sequences join when the first one has computed the prompt.
-        self.scheduler.add(request.sequences[0])
         return request_id
 
     def _context(self, lane: int, length: int, context: int | None) -> int:
@@ -131,8 +145,13 @@ class Engine:
 
         return GrammarReader(self._tokenizer, self._spec.vocab, self._spec.eos_token_ids)
 
+    def outputs(self, request_id: str) -> list[CompletionOutput]:
+        """What the completions of a request that has not ended have so far."""
+        return [s.output for s in self._requests[request_id].sequences]
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """Cancels a request and frees its pages; None where there is no such request."""
+        self.handovers.release(request_id, "the request was cancelled")
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
@@ -144,10 +163,13 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One forward pass. Returns the requests that gained tokens, with everything they have so far."""
         scheduled = self.scheduler.schedule()
+        self.stalled = not scheduled
         if not scheduled:
             return []
         self.prompt_tokens += sum(s.prompt_count for s in scheduled)
-        result = self._runner.run(scheduled)
+        for item in scheduled:
+            self.handovers.begin(item)
+        result = self._runner.run(scheduled, self.handovers.outbox)
         self._collect_prompt_logprobs(result)
         for item in scheduled:
             tables = item.sequence.held
@@ -158,6 +180,8 @@ class Engine:
                 self._settle(item.sequence)
         changed = self._sample(result)
         for request in changed:
+            if request.handover:
+                self.handovers.finish(request)
             if request.finished:
                 del self._requests[request.id]
         return [self._output(request) for request in changed]
@@ -174,7 +198,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless tables, snapshots and pool agree about every page."""
-        self.memory.check_integrity([s.held for s in self.scheduler.running])
+        self.memory.check_integrity([s.held for s in self.scheduler.running] + self.handovers.tables())
 
     def _collect_prompt_logprobs(self, result: StepResult) -> None:
         for sequence, _, values in result.prompt_logprobs:

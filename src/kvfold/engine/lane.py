@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
 
 from torch import Tensor
 
+from kvfold.kv.frame import Basis
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.staged import StagedLayout
+from kvfold.kv.wire import Identity
 from kvfold.methods.base import CacheShape
 from kvfold.methods.method import Method
 from kvfold.methods.staging import Staging
@@ -20,7 +24,8 @@ from kvfold.model.spec import ModelSpec
 class MethodLane:
     """A method with its layout of the cache and the attention weights it folded; `label` is how users call it.
 
-    staging: what happens at the events of a staged layout; None where the layout is not staged.
+    staging: what happens at the events of a staged layout; None where the layout is not staged. model, calibration:
+    fingerprint and checksum of what the lane was made from, empty where nobody said.
     """
 
     label: str
@@ -28,6 +33,20 @@ class MethodLane:
     layout: CacheLayout | StagedLayout
     weights: Sequence[Projections]
     staging: Staging | None = None
+    model: str = ""
+    calibration: str = ""
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What pages of this lane mean, for other workers."""
+        method, layout = (blake2b(repr(x).encode(), digest_size=16).hexdigest() for x in (self.method, self.layout))
+        return Identity(self.model, method, self.calibration, layout)
+
+    @property
+    def shared_bases(self) -> Sequence[Basis]:
+        """Coordinates of coded rows that all sequences of the lane have in common, one for each class."""
+        encoder = None if self.staging is None else self.staging.encoder
+        return () if encoder is None else encoder.shared
 
 
 def cache_shape(spec: ModelSpec, raw_bits: int) -> CacheShape:

@@ -196,10 +196,11 @@ def prepare_lane(
     """Builds the lane of a method string; calibrates or searches first where the method asks for it."""
     method = build_method(kv)
     if not method.needs_calibration:
-        return build_lane(model.decoder, kv, method, raw_bits), []
+        return replace(build_lane(model.decoder, kv, method, raw_bits), model=model.fingerprint), []
     path, artifact = find_artifact(model, calibration, progress)
     curve: list[Trial] = []
     if isinstance(method.codec, ZeroC) and method.codec.max_loss is not None:
         codec, curve = search_bits(model, method.codec, artifact, path, raw_bits, progress)
         method = replace(method, codec=codec)
-    return build_lane(model.decoder, kv, method, raw_bits, artifact.tensors), curve
+    lane = build_lane(model.decoder, kv, method, raw_bits, artifact.tensors)
+    return replace(lane, model=model.fingerprint, calibration=artifact.checksum), curve

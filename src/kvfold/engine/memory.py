@@ -1,8 +1,9 @@
 """The engine's KV memory: one pool, the layouts of its lanes and their prefix indices."""
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, TypeVar
 
 from kvfold.engine.sequence import Sequence
 from kvfold.errors import ConfigError, MemoryLimitError, PromptError
@@ -15,6 +16,7 @@ from kvfold.kv.tables import PageTables
 from kvfold.methods.staging import Staging
 
 Tables = PageTables | StagedTables
+Taken = TypeVar("Taken")
 
 GROWTH = 64  # tokens that an admitted sequence may generate before it could have to wait for memory
 
@@ -78,14 +80,16 @@ class KVMemory:
 
     def reserve(self, tables: Tables, length: int) -> bool:
         """Pages for growing to `length` tokens; drops snapshots where needed. False where that is not enough."""
+        return self.with_room(lambda: tables.reserve(self.pool, length) or True) is not None
+
+    def with_room(self, take: Callable[[], Taken]) -> Taken | None:
+        """What `take` returns, which takes pages; drops snapshots where needed. None where that is not enough."""
         while True:
             try:
-                tables.reserve(self.pool, length)
+                return take()
             except PoolExhausted:
                 if not self._evict():
-                    return False
-            else:
-                return True
+                    return None
 
     def _evict(self) -> bool:
         """Drops the snapshot that was used least recently, of whatever lane. False where there is none."""

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "handover"]
 """`stop`: end of sequence, stop id or string, complete grammar; `length`: max_tokens or model limit; `abort`:
-cancelled; `error`: no token could be chosen, `stop_reason` says why."""
+cancelled; `error`: no token could be chosen, `stop_reason` says why; `handover`: it goes on in another engine."""
 
 
 @dataclass(frozen=True)

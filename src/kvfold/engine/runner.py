@@ -1,6 +1,6 @@
 """One forward pass over what the scheduler chose: tokens in, logits of the sequences that caught up out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfold.attention.base import AttentionBackend, Plan, SequenceStep
 from kvfold.engine.decoding import DecodePrograms
+from kvfold.engine.handover import Outgoing
 from kvfold.engine.lane import MethodLane
 from kvfold.engine.logprobs import TokenLogprobs, token_logprobs
 from kvfold.engine.memory import KVMemory
@@ -38,6 +39,7 @@ class _Part:
     steps: list[SequenceStep[Any]]
     tokens: slice
     plan: Callable[[], Plan]  # made when it is first asked for
+    outgoing: list[Outgoing]
 
 
 class Runner:
@@ -51,8 +53,9 @@ class Runner:
         self._programs = DecodePrograms(decoder)
 
     @torch.inference_mode()
-    def run(self, scheduled: Seq[Scheduled]) -> StepResult:
-        """Computes the scheduled tokens and advances their tables."""
+    def run(self, scheduled: Seq[Scheduled], outgoing: Mapping[str, Outgoing] | None = None) -> StepResult:
+        """Computes the scheduled tokens and advances their tables. outgoing: caches, by request id, that are being
+        fetched as they become complete."""
         ordered = sorted(scheduled, key=lambda s: s.sequence.request.lane)
         token_ids: list[int] = []
         positions: list[Tensor] = []
@@ -60,15 +63,17 @@ class Runner:
             start = item.sequence.computed
             token_ids += item.sequence.tokens_from(start, item.count)
             positions.append(torch.arange(start, start + item.count))
-        hidden = self._forward(ordered, torch.tensor(token_ids), torch.cat(positions))
+        hidden = self._forward(ordered, torch.tensor(token_ids), torch.cat(positions), outgoing or {})
         result = self._results(ordered, hidden)
         for item in ordered:
             tables = item.sequence.held
             tables.advance(self._memory.pool, tables.length + item.count)
         return result
 
-    def _forward(self, ordered: Seq[Scheduled], token_ids: Tensor, positions: Tensor) -> Tensor:
-        parts = self._parts(ordered)
+    def _forward(
+        self, ordered: Seq[Scheduled], token_ids: Tensor, positions: Tensor, outgoing: Mapping[str, Outgoing]
+    ) -> Tensor:
+        parts = self._parts(ordered, outgoing)
         if len(ordered) == len(token_ids):
             decoding = [(p.number, p.lane.weights, p.steps, p.plan) for p in parts]
             hidden = self._programs.run(decoding, token_ids, positions)
@@ -76,20 +81,23 @@ class Runner:
                 return hidden
         return self._decoder.forward(token_ids, positions, [self._batch_lane(part) for part in parts])
 
-    def _parts(self, ordered: Seq[Scheduled]) -> list["_Part"]:
+    def _parts(self, ordered: Seq[Scheduled], outgoing: Mapping[str, Outgoing]) -> list["_Part"]:
         """The lanes that have something to do, in the order of the batch."""
         parts, first = [], 0
         scale = self._decoder.spec.attention_scale
         for number, lane in enumerate(self._lanes):
             steps: list[SequenceStep[Any]] = []
+            leaving: list[Outgoing] = []
             count = 0
             for item in ordered:
                 if item.sequence.request.lane == number:
+                    if item.sequence.request.id in outgoing:
+                        leaving.append(outgoing[item.sequence.request.id])
                     steps.append(SequenceStep[Any](item.sequence.held, count, item.count))
                     count += item.count
             if steps:
                 plan = cache(partial(self._backend.plan, self._memory.pool, lane.layout, steps, scale))
-                parts.append(_Part(number, lane, steps, slice(first, first + count), plan))
+                parts.append(_Part(number, lane, steps, slice(first, first + count), plan, leaving))
                 first += count
         return parts
 
@@ -97,7 +105,10 @@ class Runner:
         plan = part.plan()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return plan.attend(layer, q, k, v)[0]
+            out, _ = plan.attend(layer, q, k, v)
+            for leaving in part.outgoing:
+                leaving.computed(layer + 1)
+            return out
 
         return Lane(part.tokens, part.lane.weights, attend)
 

@@ -55,7 +55,8 @@ class Scheduler:
         self.running.insert(self.running.index(origin) + 1, sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """Tokens for one step; empty only where nothing waits or runs."""
+        """Tokens for one step; empty only where nothing waits or runs, or where caches that are to be fetched by others
+        take all the memory."""
         budget = self._config.max_batch_tokens
         scheduled: list[Scheduled] = []
         for sequence in list(self.running):
@@ -81,6 +82,7 @@ class Scheduler:
             count = self._count(entering, budget)
             if not self._memory.reserve(entering.held, entering.computed + count):
                 self._preempt(entering)
+                self._refused, self._free_then = entering, self._memory.pool.free_pages
                 break
             scheduled.append(Scheduled(entering, count))
             budget -= count

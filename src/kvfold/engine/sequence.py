@@ -1,6 +1,6 @@
 """Requests and their sequences: one progress variable, `tables.length`, catches up with the number of tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -26,7 +26,8 @@ class LogitsTap:
 class Request:
     """What a user asked for: a prompt, parameters, a lane (compression method) and `params.n` sequences.
 
-    context: how many of the prompt's tokens are read before a staged method compresses them.
+    context: how many of the prompt's tokens are read before a staged method compresses them. handover: after its first
+    token it goes on in another engine.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Request:
     metrics: RequestMetrics
     context: int
     tap: LogitsTap | None = None
+    handover: bool = False
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
@@ -71,6 +73,17 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.request.prompt_token_ids) + len(self.output.token_ids)
+
+    def resume(self, said: Iterable[int] | None) -> bool:
+        """Goes on after these tokens of another engine (None: it ended there). False where nothing is left to say."""
+        if said is None:
+            self.output.finish_reason = "handover"
+            return False
+        for token in said:
+            self.output.token_ids.append(token)
+            self.detokenizer.push(token)
+        self.output.text = self.detokenizer.text
+        return True
 
     @property
     def forks(self) -> int:

@@ -31,10 +31,34 @@ class LaneStats:
 
 
 @dataclass(frozen=True)
+class WorkerStats:
+    """One worker of a cluster, since its cluster began. offered: caches that others are to fetch from it, and bytes of
+    their pages; expected: caches that wait for room here; arriving: those on their way. fetched: caches that arrived,
+    bytes on the wire, seconds that took; lost: caches that did not arrive. requests: that it works on."""
+
+    name: str
+    role: str
+    up: bool = False
+    requests: int = 0
+    used_bytes: int = 0
+    kv_bytes: int = 0
+    offered: int = 0
+    offered_bytes: int = 0
+    expected: int = 0
+    arriving: int = 0
+    fetched: int = 0
+    fetched_bytes: int = 0
+    fetched_seconds: float = 0.0
+    lost: int = 0
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A moment of an engine. Pages are counted once however many hold them; `cached` ones, part of the `used`,
     belong to prefix snapshots alone and make room when needed. Tokens and preemptions are totals since the start:
-    `evicted_tokens` went with snapshots, `dropped_tokens` (an average over heads) were dropped by methods."""
+    `evicted_tokens` went with snapshots, `dropped_tokens` (an average over heads) were dropped by methods.
+    workers: of a cluster; the rest is then the sum over them."""
 
     pages: int = 0
     page_bytes: int = 0
@@ -48,6 +72,7 @@ class EngineStats:
     evicted_tokens: int = 0
     dropped_tokens: int = 0
     lanes: list[LaneStats] = field(default_factory=list)
+    workers: list[WorkerStats] = field(default_factory=list)
 
     @property
     def running(self) -> int:

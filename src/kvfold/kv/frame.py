@@ -5,7 +5,7 @@ stored values. With x = lift(u) + origin, q . x = turn(q) . u + q . origin.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -206,3 +206,6 @@ class Basis:
 
     key: Frame | None
     value: Frame | None
+
+
+KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Scaled, Selected, Mapped, Rescaled, Factored)}

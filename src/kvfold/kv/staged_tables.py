@@ -1,6 +1,6 @@
 """The page tables of one sequence under a staged layout: tracks of pages per head, each with its own length."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvfold.kv.extents import Extents
 from kvfold.kv.frame import Basis
 from kvfold.kv.pool import NO_PAGE, PagePool, Pages
 from kvfold.kv.staged import StagedLayout, Watch
@@ -24,6 +25,11 @@ class QueryRecord(Protocol):
         ...
 
     def copy(self) -> "QueryRecord": ...
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What has been seen, to be read and to be overwritten in place."""
+        ...
 
     @property
     def nbytes(self) -> int: ...
@@ -153,6 +159,39 @@ class StagedTables:
         self.spare = np.empty(0, np.int32)
         self.mass, self.records = {}, {}
         self.length = self.settled = 0
+
+    def extents(self, length: int) -> Extents:
+        """What is in use of the pages; length: that of the tables."""
+        used = self._used()
+        shape = (self.layout.heads, used.shape[0] * used.shape[2])
+        pages: Pages = self.pages_of[:, :, : used.shape[2]].transpose(1, 0, 2).reshape(shape)
+        by_head: Index = used.transpose(1, 0, 2).reshape(shape)
+        return Extents.of(self.layout.layers, pages, by_head)
+
+    def take(self, pool: PagePool, length: int) -> None:
+        """Empty tables whose `rows` are set get their pages, whose bytes the caller brings.
+
+        Raises PoolExhausted and then changes nothing.
+        """
+        there = self._used() > 0
+        pages = pool.allocate(int(there.sum()))
+        self._widen(there.shape[2])
+        self.pages_of[:, :, : there.shape[2]][there] = pages
+        self.length = length
+
+    def _used(self) -> Index:
+        """Bytes in use of every page, [tracks, heads, columns]."""
+        layout, capacity = self.layout, self.layout.capacity[..., None]
+        columns = np.arange(int((-(-self.rows // self.layout.capacity)).max(initial=0)))
+        tokens = np.clip(self.rows[..., None] - columns * capacity, 0, capacity)
+        formats = [
+            [layout.format(track, *divmod(head, layout.kv_heads)) for head in range(layout.heads)]
+            for track in range(layout.tracks)
+        ]
+        block = np.array([[f.block for f in track] for track in formats])[..., None]
+        size = np.array([[f.block_bytes for f in track] for track in formats])[..., None]
+        used: Index = -(-tokens // block) * size
+        return used
 
     def pages(self) -> Pages:
         """Every page held, one entry per holder, [n]."""

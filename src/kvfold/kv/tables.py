@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvfold.kv.extents import Extents
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import NO_PAGE, PagePool, Pages
 
@@ -87,6 +88,37 @@ class PageTables:
         self.near[:] = NO_PAGE
         self.far[:] = NO_PAGE
         self.length = 0
+
+    def extents(self, length: int) -> Extents:
+        """What is in use of the pages once `length` tokens are held, for which room has been made."""
+        near, far = self._used(length)
+        pages = np.concatenate([self.near, self.far[:, : far.shape[1]]], 1)
+        return Extents.of(self.layout.layers, pages, np.concatenate([near, far], 1))
+
+    def take(self, pool: PagePool, length: int) -> None:
+        """Empty tables get the pages of `length` tokens, whose bytes the caller brings.
+
+        Raises PoolExhausted and then changes nothing.
+        """
+        near, far = (used > 0 for used in self._used(length))
+        pages = pool.allocate(int(near.sum() + far.sum()))
+        self.far = np.full((len(self.near), max(4, far.shape[1])), NO_PAGE, np.int32)
+        self.near[near] = pages[: near.sum()]
+        self.far[:, : far.shape[1]][far] = pages[near.sum() :]
+        self.length = length
+
+    def _used(self, length: int) -> tuple[Index, Index]:
+        """Bytes in use of each near and far page at `length` tokens, [heads, near_pages] and [heads, columns]."""
+        layout = self.layout
+        near = np.arange(layout.near_pages) * layout.near.capacity
+        slots = np.clip(layout.near_slots(length) - near, 0, layout.near.capacity)
+        rows, first = layout.far_tokens(length), layout.live_rows(length) // layout.capacity
+        columns = np.arange(-(-rows // int(layout.capacity.min())))
+        tokens = np.clip(rows - columns * layout.capacity[:, None], 0, layout.capacity[:, None])
+        tokens[columns < first[:, None]] = 0
+        formats = [fmt for layer in layout.far for fmt in layer]
+        block, size = (np.array(x)[:, None] for x in zip(*((f.block, f.block_bytes) for f in formats), strict=True))
+        return np.tile(slots * layout.near.block_bytes, (len(self.near), 1)), -(-tokens // block) * size
 
     def pages(self) -> Pages:
         """Every page held, one entry per holder, [n]."""

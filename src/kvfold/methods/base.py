@@ -91,7 +91,8 @@ class Encoder:
     is held and the class that each token gets (0: none); None: the model's own. classify: class of each token that
     is about to be coded (the mask it is given), int64 [layers, G, R] from 1 on (None: all 1). enough: tokens of a head,
     on average, that there must be to fit to; before that none is coded. watches, records: what fit and classify
-    need to have been observed. basis_bytes: what a sequence holds for its coordinates.
+    need to have been observed. basis_bytes: what a sequence holds for its coordinates. shared: of each class, what
+    coordinates are made from and all sequences have in common.
     """
 
     formats: tuple[tuple[tuple[PageFormat, ...], ...], ...]
@@ -104,6 +105,7 @@ class Encoder:
     watches: tuple[Watch, ...] = ()
     records: Mapping[str, Callable[[], QueryRecord]] = field(default_factory=dict)
     basis_bytes: int = 0
+    shared: Sequence[Basis] = ()
 
 
 class Codec(Protocol):

@@ -58,6 +58,10 @@ class QueryMoments:
         return QueryMoments(self.total.clone(), self.products.clone(), self.count.clone(), self.frequencies)
 
     @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {"total": self.total, "products": self.products, "count": self.count}
+
+    @property
     def nbytes(self) -> int:
         return self.total.nbytes + self.products.nbytes + self.count.nbytes
 

@@ -32,6 +32,10 @@ class QuerySquares:
         return QuerySquares(self.total.clone())
 
     @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {"total": self.total}
+
+    @property
     def nbytes(self) -> int:
         return self.total.nbytes
 

@@ -125,7 +125,7 @@ class ZeroC:
         # Step and middle in 16 bits, origin in 32, of keys and of values.
         own = 0 if self.rank is not None else 2 * 8 * len(rates) * shape.layers * shape.kv_heads * shape.head_dim
         if self.salient_bits is None:
-            return Encoder(formats, self.sinks, self.recent, fit=fit, basis_bytes=own)
+            return Encoder(formats, self.sinks, self.recent, fit=fit, basis_bytes=own, shared=bases)
         return Encoder(
             formats,
             self.sinks,
@@ -133,6 +133,7 @@ class ZeroC:
             (self.salient, 1 - self.salient),
             fit=fit,
             basis_bytes=own,
+            shared=bases,
             classify=lambda held, fresh: by_saliency(held, fresh, self.salient),
             watches=WATCHES,
         )
