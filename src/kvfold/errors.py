@@ -42,3 +42,11 @@ class KernelsUnavailable(KvfoldError):
 
 class GrammarError(KvfoldError, ValueError):
     """A JSON schema or tool that output cannot be constrained to: invalid, unsupported, impossible or too large."""
+
+
+class TransferError(KvfoldError):
+    """A KV cache that did not arrive: corrupt, stalled, cut off, or made by another model, calibration or version."""
+
+
+class ClusterError(KvfoldError):
+    """Workers that cannot be started or joined: no Ray, no such address, too few resources, mixed versions."""

@@ -48,16 +48,16 @@ def layouts(draw: st.DrawFn) -> tuple[CacheLayout, int, int]:
     group = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 12]))
     raw_bits = draw(st.sampled_from([16, 16, 16, 32]))
     windows = draw(st.sampled_from([(None,), (None,), (9, None), (40,), (150,)]))
-    page = 160 * dim  # holds one block of the widest codes
-    near = raw_format(page, dim, raw_bits)
+    page = 160 * dim  # holds one block of most
     if draw(st.integers(0, 4)) == 0:
+        near = raw_format(page, dim, raw_bits)
         return CacheLayout(((near,) * kv_heads,) * len(windows), near, 0, 0, windows, exact=True), group, dim
     block = draw(st.sampled_from([16, 16, 32, 64]))
-    far = []
-    for _ in range(kv_heads):
-        key = draw(rows(dim, block, list(Scale), raw_bits))
-        value = draw(rows(dim, block, list(Scale), raw_bits))
-        far.append(PageFormat(page, dim, block, key, value))
+    sides = st.tuples(*[rows(dim, block, list(Scale), raw_bits)] * 2)
+    drawn = [draw(sides) for _ in range(kv_heads)]
+    page = max(page, *(key.nbytes(block) + value.nbytes(block) for key, value in drawn))
+    near = raw_format(page, dim, raw_bits)
+    far = [PageFormat(page, dim, block, key, value) for key, value in drawn]
     sunk = (True,) * len(windows) if draw(st.booleans()) else ()
     sinks, recent = draw(st.integers(0, 5)), draw(st.sampled_from([1, 5, 20, 40]))
     return CacheLayout((tuple(far),) * len(windows), near, sinks, recent, windows, sunk=sunk), group, dim
@@ -87,12 +87,12 @@ def test_kernels_agree_with_the_reference(
         for (out, lse), (out_r, lse_r) in zip(sequence, reference, strict=True):
             spread = max(float(out_r.float().pow(2).mean().sqrt()), 1e-3)
             wrong, off = (out.float() - out_r.float()) / spread, lse - lse_r
-            if "vnni" in kernels:  # queries are rounded to 8 bits or 15, weights to 8 or 16
-                assert float(wrong.pow(2).mean().sqrt()) < 0.02
-                assert float(off.pow(2).mean().sqrt()) < 0.01
+            if "vnni" in kernels:  # queries are rounded to 8 bits or 15, so that scores err by 1/8 at most (digits.h)
+                assert float(wrong.pow(2).mean().sqrt()) < 0.05
+                assert float(off.pow(2).mean().sqrt()) < 1 / 8
             # Elsewhere what is left is the rounding of the output, 1/256 of the largest number in it.
             assert float(wrong.abs().max()) < (0.3 if "vnni" in kernels else 0.04)
-            assert float(off.abs().max()) < (0.1 if "vnni" in kernels else 1e-4)
+            assert float(off.abs().max()) < (0.4 if "vnni" in kernels else 1e-4)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -15,7 +15,21 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from kvfold import __version__
-from kvfold.cli import bench, calibrate, demo, evaluate, generate, info, methods, serve
+from kvfold.cli import (
+    bench,
+    calibrate,
+    cluster,
+    demo,
+    evaluate,
+    generate,
+    info,
+    methods,
+    parallel,
+    plan,
+    profile,
+    serve,
+    simulate,
+)
 from kvfold.errors import KvfoldError
 
 USER_ERROR = 2
@@ -32,8 +46,13 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.command("info")(info.info)
 app.command("methods")(methods.methods)
+app.command("parallel")(parallel.parallel)
 app.command("serve")(serve.serve)
+app.command("profile")(profile.profile)
+app.command("simulate")(simulate.simulate)
+app.command("plan")(plan.plan)
 app.command("demo")(demo.demo)
+app.add_typer(cluster.app, name="cluster")
 
 
 def _show_version(wanted: bool) -> None:

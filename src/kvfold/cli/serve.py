@@ -1,7 +1,9 @@
 """`kvfold serve`: the OpenAI-compatible server."""
 
+import importlib.util
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ from kvfold.config.size import parse_bytes
 from kvfold.errors import ConfigError
 
 KEY_VARIABLE = "KVFOLD_API_KEY"
+CLUSTER_RESTARTS = 10  # within ten minutes: head nodes may come and go
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -49,6 +52,15 @@ def serve(
     max_sequences: Annotated[int, typer.Option(help="Sequences that run at once.")] = 256,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine (default: all cores).")] = None,
     seed: Annotated[int, typer.Option(help="For requests without their own.")] = 0,
+    prefill_workers: Annotated[int | None, typer.Option(help="Workers that only read prompts.")] = None,
+    decode_workers: Annotated[int | None, typer.Option(help="Workers that give the answers.")] = None,
+    transport: Annotated[str, typer.Option(help="What carries KV pages between workers: tcp, ray or gloo.")] = "tcp",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT."),
+    ] = None,
+    link_gbps: Annotated[float | None, typer.Option(help="Limit of what each worker sends, in Gbit/s.")] = None,
+    stall_seconds: Annotated[float, typer.Option(help="Silence after which a transfer or worker is given up.")] = 20.0,
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LEVELS)}; debug logs every access.")] = "info",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
@@ -61,10 +73,21 @@ def serve(
         parse_method(method)
     if log_level not in LEVELS:
         raise ConfigError(f"--log-level {log_level!r} is unknown; choose one of {', '.join(LEVELS)}")
+    cluster = None
+    if prefill_workers is not None or decode_workers is not None:
+        from kvfold.cluster.options import ClusterOptions
+
+        prefill, decode = (1 if count is None else count for count in (prefill_workers, decode_workers))
+        cluster = ClusterOptions(prefill, decode, transport, ray_address, threads, link_gbps, stall_seconds)
+        if importlib.util.find_spec("ray") is None:
+            raise ConfigError("workers need Ray, which is not installed; run `pip install 'kvfold[cluster]'`")
+    elif ray_address is not None or link_gbps is not None:
+        raise ConfigError("--ray-address and --link-gbps are for workers; give --prefill-workers and --decode-workers")
     memory, body = parse_bytes(kv_memory), parse_bytes(max_body)
     key = _read_key(api_key, api_key_file)
 
     from kvfold.methods.registry import build_method
+    from kvfold.server.engine_client import Program
     from kvfold.server.messages import EngineOptions
     from kvfold.server.options import ServerOptions
     from kvfold.server.serve import listen
@@ -99,7 +122,11 @@ def serve(
     logging.basicConfig(
         stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
-    run(listen(host, port), engine, server, log_level)
+    program = None
+    if cluster is not None:
+        both = {"engine": asdict(engine), "cluster": asdict(cluster)}
+        program = Program("kvfold.cluster.process", both, CLUSTER_RESTARTS)
+    run(listen(host, port), engine, server, log_level, program)
 
 
 def _read_key(given: str | None, file: Path | None) -> str | None:

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from kvfold import __version__
 from kvfold.server.chat import chat_router
 from kvfold.server.completions import completions_router
-from kvfold.server.engine_client import EngineClient
+from kvfold.server.engine_client import EngineClient, Program
 from kvfold.server.http_errors import add_error_handlers
 from kvfold.server.limits import ApiKey, BodyLimit
 from kvfold.server.messages import EngineOptions
@@ -19,9 +19,9 @@ from kvfold.server.service import Service
 from kvfold.server.status import status_router
 
 
-def create_app(engine: EngineOptions, options: ServerOptions) -> FastAPI:
-    """An application whose engine process starts and ends with it; `app.state.service` is its Service."""
-    client = EngineClient(engine)
+def create_app(engine: EngineOptions, options: ServerOptions, program: Program | None = None) -> FastAPI:
+    """An application whose engine process (or `program`) starts and ends with it; `app.state.service`: its Service."""
+    client = EngineClient(engine, program=program)
     service = Service(client, engine, options)
 
     @asynccontextmanager

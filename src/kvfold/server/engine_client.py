@@ -10,9 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import zmq
 import zmq.asyncio
@@ -32,6 +32,7 @@ from kvfold.server.messages import (
     Ready,
     Refused,
     Rejected,
+    SetRoles,
     StatsReport,
     Update,
     Updates,
@@ -40,7 +41,6 @@ from kvfold.server.messages import (
 )
 
 Status = Literal["starting", "ready", "restarting", "failed", "stopped"]
-RESTARTS = 1
 HEALTHY_SECONDS = 600.0  # after so long, an engine process that dies is no longer one that keeps dying
 # glibc keeps freed tensors on its heap, where those of ever other sizes fragment it: large ones go back at once.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
@@ -49,13 +49,26 @@ STOP_SECONDS = 5.0  # before an engine process that does not end on SIGTERM is k
 log = logging.getLogger("kvfold.server")
 
 
-class EngineClient:
-    """One engine process, started again where it dies, `restarts` times unless it was ready for long.
+@dataclass(frozen=True)
+class Program:
+    """What is started as the engine process: `python -m module ADDRESS OPTIONS RESTARTS`, options as JSON.
 
+    restarts: times that it is started again before it is given up.
+    """
+
+    module: str
+    options: dict[str, Any]
+    restarts: int = 1
+
+
+class EngineClient:
+    """One engine process, started again where it dies, as often as its program says unless it was ready for long.
+
+    program: what to start in its place, which speaks as it does.
     `status` and `reason` tell how it is; `ready` is what it said of itself when it was; `stats` its last report.
     """
 
-    def __init__(self, options: EngineOptions, restarts: int = RESTARTS) -> None:
+    def __init__(self, options: EngineOptions, program: Program | None = None) -> None:
         self.status: Status = "starting"
         self.reason: str | None = "the model is being loaded"
         self.restarts = 0
@@ -63,7 +76,7 @@ class EngineClient:
         self.ready: Ready | None = None
         self.stats = _nothing(options)
         self._options = options
-        self._most_restarts = restarts
+        self._program = program or Program("kvfold.server.engine_process", asdict(options))
         self._ready_since = time.monotonic()
         self._streams: dict[str, asyncio.Queue[Update | KvfoldError]] = {}
         self._pool_waiters: list[asyncio.Future[PoolMap]] = []
@@ -124,6 +137,11 @@ class EngineClient:
         self._send(AskPool())
         return await waiter
 
+    def set_roles(self, prefill: int, decode: int) -> None:
+        """Shares a cluster's workers out anew."""
+        self._check_ready()
+        self._send(SetRoles(prefill, decode))
+
     def _check_ready(self) -> None:
         if self.status != "ready":
             raise EngineNotReadyError(f"the engine is not ready ({self.status}): {self.reason}")
@@ -151,7 +169,7 @@ class EngineClient:
             log.error("%s with %d requests in flight", why, len(self._streams))
             if time.monotonic() - self._ready_since > HEALTHY_SECONDS:
                 attempts = 0
-            again = attempts < self._most_restarts and self.refusal is None
+            again = attempts < self._program.restarts and self.refusal is None
             if self.refusal is None:
                 self._set(*(("restarting", f"{why}; it is being started again") if again else ("failed", why)))
             self._fail_streams(why)
@@ -170,7 +188,8 @@ class EngineClient:
             socket.linger = 0
             socket.bind(address)
             self._socket = socket
-            command = [sys.executable, "-m", "kvfold.server.engine_process", address, json.dumps(asdict(self._options))]
+            options = json.dumps(self._program.options)
+            command = [sys.executable, "-m", self._program.module, address, options, str(self.restarts)]
             # A session of its own: Ctrl-C at the terminal is for the API process, which lets requests finish.
             self._process = await asyncio.create_subprocess_exec(
                 *command, start_new_session=True, env=_ALLOCATOR | os.environ

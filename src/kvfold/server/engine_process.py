@@ -8,17 +8,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 
 from kvfold.config.progress import Advance
 from kvfold.engine.engine import Engine
+from kvfold.engine.handover import Arriving
 from kvfold.engine.llm import LLM
 from kvfold.engine.outputs import CompletionOutput, RequestOutput
 from kvfold.errors import KvfoldError
+from kvfold.kv.wire import Tail
 from kvfold.server.messages import (
     Abort,
     Add,
@@ -39,15 +41,38 @@ from kvfold.server.messages import (
 )
 
 STATS_EVERY = 0.25  # seconds between reports while anything changes
-IDLE_POLL = 1000  # milliseconds between looks at whether the API process lives
+IDLE_POLL = 1.0  # seconds between looks at whether the process that started this one lives
+
+
+class Channel(Protocol):
+    """Where an engine's commands come from and its events go."""
+
+    def receive(self, timeout: float) -> Any | None:
+        """The next command, within `timeout` seconds."""
+        ...
+
+    def send(self, event: Any) -> None: ...
+
+
+class SocketChannel:
+    """Commands and events over the pair of sockets."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
+        self._socket = socket
+
+    def receive(self, timeout: float) -> Command | None:
+        return decode_command(self._socket.recv()) if self._socket.poll(round(1000 * timeout)) else None
+
+    def send(self, event: Event) -> None:
+        self._socket.send(encode(event))
 
 
 class EngineLoop:
     """Commands in, steps, events out."""
 
-    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]") -> None:
+    def __init__(self, engine: Engine, channel: Channel) -> None:
         self._engine = engine
-        self._socket = socket
+        self._channel = channel
         self._sent: dict[str, list[_Progress]] = {}
         self._parent = os.getppid()
         self._changed = True  # since the last report
@@ -55,30 +80,37 @@ class EngineLoop:
         self._reported = 0.0
 
     def run(self) -> None:
-        """Returns when the API process is gone."""
+        """Returns when the process that started this one is gone."""
         while os.getppid() == self._parent:
             if self._engine.has_unfinished:
                 self._changed = self._unchecked = True
                 updates = [self._update(output) for output in self._engine.step()]
                 if updates:
-                    self._send(Updates(updates))
+                    self._channel.send(Updates(updates))
+            self._after_step()
             idle = not self._engine.has_unfinished
             if self._changed and (idle or time.monotonic() - self._reported > STATS_EVERY):
-                self._send(StatsReport(self._engine.stats()))
+                self._report()
                 self._reported, self._changed = time.monotonic(), False
-            if not self._receive(wait=idle) and idle and self._unchecked:
+            if not self._receive(wait=idle or self._engine.stalled) and idle and self._unchecked:
                 self._engine.check_integrity()
                 self._unchecked = False
 
+    def _after_step(self) -> None:
+        """For loops that do more."""
+
+    def _report(self) -> None:
+        self._channel.send(StatsReport(self._engine.stats()))
+
     def _receive(self, wait: bool) -> int:
         """Handles every command that is there, and returns their number; with `wait`, waits a while for the first."""
-        count, timeout = 0, IDLE_POLL if wait else 0
-        while self._socket.poll(timeout):
-            self._handle(decode_command(self._socket.recv()))
-            count, timeout = count + 1, 0
+        count, timeout = 0, IDLE_POLL if wait else 0.0
+        while (command := self._channel.receive(timeout)) is not None:
+            self._handle(command)
+            count, timeout = count + 1, 0.0
         return count
 
-    def _handle(self, command: Command) -> None:
+    def _handle(self, command: Any) -> None:
         match command:
             case Add():
                 self._add(command)
@@ -87,9 +119,10 @@ class EngineLoop:
                 self._sent.pop(command.id, None)
                 self._changed = True
             case AskPool():
-                self._send(PoolReport(self._engine.pool_map()))
+                self._channel.send(PoolReport(self._engine.pool_map()))
 
-    def _add(self, add: Add) -> None:
+    def _add(self, add: Add, arrived: tuple[Arriving, Tail] | None = None) -> None:
+        outputs = add.outputs if arrived is None else arrived[1].outputs
         try:
             self._engine.add_request(
                 add.prompt_token_ids,
@@ -98,11 +131,16 @@ class EngineLoop:
                 request_id=add.id,
                 grammar=add.grammar,
                 context=add.context,
+                handover=add.handover,
+                outputs=outputs,
+                arrived=arrived,
             )
         except KvfoldError as error:
-            self._send(Rejected(add.id, type(error).__name__, str(error)))
+            self._channel.send(Rejected(add.id, type(error).__name__, str(error)))
             return
         self._sent[add.id] = [_Progress() for _ in range(add.params.n)]
+        for progress, output in zip(self._sent[add.id], self._engine.outputs(add.id), strict=True):
+            progress.piece(output)  # what was said elsewhere was sent from there
 
     def _update(self, output: RequestOutput) -> Update:
         sent = self._sent[output.request_id]
@@ -112,9 +150,6 @@ class EngineLoop:
         del self._sent[output.request_id]
         cached = output.metrics.cached_prompt_tokens
         return Update(output.request_id, pieces, True, output.kv, output.prompt_logprobs, cached)
-
-    def _send(self, event: Event) -> None:
-        self._socket.send(encode(event))
 
 
 class _Progress:
@@ -141,11 +176,11 @@ class _Progress:
         return piece
 
 
-class _SentProgress:
-    """Tells the API process what long work is being done before the engine is ready."""
+class SentProgress:
+    """Tells whoever waits what long work is being done before the engine is ready."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
-        self._socket = socket
+    def __init__(self, send: Callable[[Loading], None]) -> None:
+        self._send = send
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Advance]:
@@ -155,10 +190,18 @@ class _SentProgress:
         def advance(n: int = 1) -> None:
             nonlocal done
             done += n
-            self._socket.send(encode(Loading(description, done, total)))
+            self._send(Loading(description, done, total))
 
         advance(0)
         yield advance
+
+
+def describe(llm: LLM) -> Ready:
+    """What an engine says of itself."""
+    spec, memory = llm.model.spec, llm.engine.memory
+    longest = tuple(memory.longest(lane, spec.max_positions) for lane in range(len(llm.engine.lanes)))
+    needs_context = tuple(lane.method.compress == "context" for lane in llm.engine.lanes)
+    return Ready(str(llm.model.path), spec.max_positions, spec.vocab, spec.eos_token_ids, longest, needs_context)
 
 
 def run_engine(address: str, options: dict[str, Any]) -> None:
@@ -169,18 +212,14 @@ def run_engine(address: str, options: dict[str, Any]) -> None:
     socket.set_hwm(0)
     socket.connect(address)
     try:
-        llm = LLM(**options, progress=_SentProgress(socket))
+        llm = LLM(**options, progress=SentProgress(lambda loading: socket.send(encode(loading))))
     except KvfoldError as error:
         socket.send(encode(Refused(str(error))))
         socket.close(linger=1000)
         context.term()
         return
-    spec, memory = llm.model.spec, llm.engine.memory
-    longest = tuple(memory.longest(lane, spec.max_positions) for lane in range(len(llm.engine.lanes)))
-    needs_context = tuple(lane.method.compress == "context" for lane in llm.engine.lanes)
-    path = str(llm.model.path)
-    socket.send(encode(Ready(path, spec.max_positions, spec.vocab, spec.eos_token_ids, longest, needs_context)))
-    EngineLoop(llm.engine, socket).run()
+    socket.send(encode(describe(llm)))
+    EngineLoop(llm.engine, SocketChannel(socket)).run()
 
 
 if __name__ == "__main__":

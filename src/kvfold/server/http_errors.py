@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from kvfold.errors import EngineDiedError, EngineNotReadyError, KvfoldError
+from kvfold.errors import EngineDiedError, EngineNotReadyError, KvfoldError, TransferError
 
 
 class ErrorBody(BaseModel):
@@ -62,6 +62,8 @@ def as_api_error(error: KvfoldError) -> APIError:
     """Users' mistakes are a 400; a lost engine is a 500, one that is not there yet a 503."""
     if isinstance(error, EngineNotReadyError):
         return APIError(503, str(error), code="engine_not_ready", headers={"Retry-After": "5"})
+    if isinstance(error, TransferError):
+        return APIError(500, str(error), code="transfer_failed")
     if isinstance(error, EngineDiedError):
         return APIError(500, str(error), code="engine_died")
     return APIError(400, str(error))

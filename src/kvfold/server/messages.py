@@ -31,7 +31,8 @@ class EngineOptions:
 
 class Add(msgspec.Struct, tag=True, frozen=True):
     """A request for the lane `lane`; grammar: a compiled one that every completion must follow; context: how many of
-    the prompt's tokens a method with compress="context" compresses before it reads the others."""
+    the prompt's tokens a method with compress="context" compresses before it reads the others. handover, outputs: as in
+    `Engine.add_request`."""
 
     id: str
     prompt_token_ids: list[int]
@@ -39,6 +40,8 @@ class Add(msgspec.Struct, tag=True, frozen=True):
     lane: int
     grammar: bytes | None = None
     context: int | None = None
+    handover: bool = False
+    outputs: list[list[int] | None] = []
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -51,7 +54,14 @@ class AskPool(msgspec.Struct, tag=True, frozen=True):
     """Send a PoolReport."""
 
 
-Command = Add | Abort | AskPool
+class SetRoles(msgspec.Struct, tag=True, frozen=True):
+    """So many of a cluster's workers read prompts and give answers from now on; what runs goes on where it is."""
+
+    prefill: int
+    decode: int
+
+
+Command = Add | Abort | AskPool | SetRoles
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):

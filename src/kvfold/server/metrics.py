@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from kvfold.engine.stats import WorkerStats
 from kvfold.server.engine_client import EngineClient
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
@@ -141,6 +142,7 @@ class _EngineCollector(Collector):
             for lane in stats.lanes:
                 family.add_metric([lane.kv], getattr(lane, attribute))
             yield family
+        yield from _of_workers(stats.workers)
         totals = {
             "prompt_tokens": ("Prompt tokens computed.", stats.prompt_tokens),
             "generation_tokens": ("Tokens generated.", stats.generated_tokens),
@@ -153,3 +155,32 @@ class _EngineCollector(Collector):
         }
         for name, (text, value) in totals.items():
             yield CounterMetricFamily(f"kvfold:{name}", text, value)
+
+
+def _of_workers(workers: list[WorkerStats]) -> Iterator[Metric]:
+    """A cluster's own metrics, nothing for a single engine."""
+    gauges = {
+        "worker_up": ("Whether a worker is ready.", "up"),
+        "worker_requests": ("Requests that a worker works on.", "requests"),
+        "worker_kv_bytes_used": ("Bytes of KV pages in use.", "used_bytes"),
+        "worker_kv_bytes": ("Bytes of KV pages.", "kv_bytes"),
+        "worker_handovers_offered": ("Caches that were computed and wait to be fetched.", "offered"),
+        "worker_handovers_offered_bytes": ("Bytes of pages that such caches hold.", "offered_bytes"),
+        "worker_handovers_waiting": ("Caches that wait for KV memory here.", "expected"),
+        "worker_handovers_arriving": ("Caches on their way here.", "arriving"),
+    }
+    counters = {
+        "worker_handovers": ("Caches that have arrived.", "fetched"),
+        "worker_handover_bytes": ("Bytes of them on the wire.", "fetched_bytes"),
+        "worker_handover_seconds": ("Time that took.", "fetched_seconds"),
+        "worker_handovers_lost": ("Caches that did not arrive; their prompts are read again.", "lost"),
+        "worker_restarts": ("Times that a worker was started again.", "restarts"),
+    }
+    if not workers:
+        return
+    for kind, named in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+        for name, (text, attribute) in named.items():
+            family = kind(f"kvfold:{name}", text, labels=["worker", "role"])
+            for worker in workers:
+                family.add_metric([worker.name, worker.role], float(getattr(worker, attribute)))
+            yield family

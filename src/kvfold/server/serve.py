@@ -10,6 +10,7 @@ import uvicorn
 from kvfold.errors import ConfigError, KvfoldError
 from kvfold.server.app import create_app
 from kvfold.server.connection import connection_class
+from kvfold.server.engine_client import Program
 from kvfold.server.messages import EngineOptions
 from kvfold.server.options import ServerOptions
 from kvfold.server.service import Service
@@ -61,9 +62,18 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(listener: socket.socket, engine: EngineOptions, options: ServerOptions, log_level: str = "info") -> None:
-    """Serves until told to stop. Raises KvfoldError where the engine refuses to start, saying why."""
-    app = create_app(engine, options)
+def serve(
+    listener: socket.socket,
+    engine: EngineOptions,
+    options: ServerOptions,
+    log_level: str = "info",
+    program: Program | None = None,
+) -> None:
+    """Serves until told to stop. program: see `EngineClient`.
+
+    Raises KvfoldError where the engine refuses to start, saying why.
+    """
+    app = create_app(engine, options, program)
     service: Service = app.state.service
     config = uvicorn.Config(
         app,

@@ -14,7 +14,7 @@ from kvfold.server.http_errors import APIError
 from kvfold.server.openapi import JSON_ERRORS, ModelCard, ModelList, Tokens, answers
 from kvfold.server.protocol import TokenizeRequest
 from kvfold.server.service import Service
-from kvfold.server.status_answers import Pool, State, Stats
+from kvfold.server.status_answers import Pool, Roles, State, Stats
 
 POOL_SECONDS = 30.0
 
@@ -69,6 +69,16 @@ def status_router(service: Service) -> APIRouter:
     async def stats() -> dict[str, Any]:
         return {**_state(service), "uptime": time.monotonic() - began, **_stats(service)}
 
+    @router.post("/cluster/roles", responses=answers(Roles), summary="Share a cluster's workers out anew")
+    async def roles(wanted: Roles) -> Roles:
+        workers = len(client.stats.workers)
+        if not workers:
+            raise APIError(400, "this server has one engine and no workers; start it with --prefill-workers")
+        if wanted.prefill + wanted.decode != workers:
+            raise APIError(400, f"there are {workers} workers, not {wanted.prefill} + {wanted.decode}; share those out")
+        client.set_roles(wanted.prefill, wanted.decode)
+        return wanted
+
     @router.get("/pool", responses=answers(Pool), summary="The map of the page pool")
     async def pool() -> dict[str, Any]:
         try:
@@ -106,5 +116,6 @@ def _stats(service: Service) -> dict[str, Any]:
         "generated_tokens": stats.generated_tokens,
         "preemptions": stats.preemptions,
         "prefix": {"queried_tokens": stats.prefix_queried_tokens, "hit_tokens": stats.prefix_hit_tokens},
+        "workers": [asdict(worker) for worker in stats.workers],
         "ttft": {"p50": metrics.percentile(50), "p99": metrics.percentile(99)},
     }

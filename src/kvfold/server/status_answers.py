@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class State(BaseModel):
@@ -48,8 +48,37 @@ class Percentiles(BaseModel):
     p99: float | None
 
 
+class WorkerFigures(BaseModel):
+    """One worker of a cluster. offered: caches that wait to be fetched from it; expected: those that wait for room;
+    arriving: those on their way; fetched, lost: those that arrived and did not, ever."""
+
+    name: str
+    role: Literal["prefill", "decode"]
+    up: bool
+    requests: int
+    used_bytes: int
+    kv_bytes: int
+    offered: int
+    offered_bytes: int
+    expected: int
+    arriving: int
+    fetched: int
+    fetched_bytes: int
+    fetched_seconds: float
+    lost: int
+    restarts: int
+
+
+class Roles(BaseModel):
+    """How many workers of a cluster read prompts and give answers."""
+
+    prefill: int = Field(ge=1)
+    decode: int = Field(ge=1)
+
+
 class Stats(State):
-    """What the page charts. uptime: seconds; tokens and preemptions are totals since the engine started."""
+    """What the page charts. uptime: seconds; tokens and preemptions are totals since the engine started.
+    workers: of a cluster, empty for a single engine."""
 
     model: str
     uptime: float
@@ -62,6 +91,7 @@ class Stats(State):
     preemptions: int
     prefix: PrefixFigures
     ttft: Percentiles
+    workers: list[WorkerFigures]
 
 
 class Pool(BaseModel):

@@ -13,6 +13,14 @@ inline __m512 steps_of(const uint8_t* bytes) {
     return _mm512_mul_ps(exp2_ps(_mm512_sub_ps(x, _mm512_set1_ps(11.f))), _mm512_set1_ps(2048.f));
 }
 
+// Asks for the scales of one unit and span.
+inline void prefetch_scales(const Row& row, int block, int span, const uint8_t* scale) {
+    if (row.scale == Scale::Step) prefetch(scale, 1);
+    if (row.scale != Scale::Token) return;
+    prefetch(scale + 2 * span * block, 1);
+    prefetch(scale + 2 * (span_count(row) + span) * block, 1);
+}
+
 // Scores of U units for M queries.
 template <int M, int U>
 void score(const Row& row, int block, const Tile& tile, int unit, CodedScratch& w) {
@@ -23,9 +31,8 @@ void score(const Row& row, int block, const Tile& tile, int unit, CodedScratch& 
         for (int u = 0; from < fine && u < U; u += F) key_sums<M, F, 2>(row, from, fine, false, unit + u, w);
         if (fine < to) key_sums<M, U, 1>(row, fine, to, from < fine, unit, w);
         for (int u = unit; u < unit + U; ++u) {
-            const uint8_t *scale = w.units[u].key_scale, *ahead = w.next[u].key_scale;
-            if (row.scale == Scale::Token) prefetch(ahead + 2 * s * block, 1), prefetch(ahead + 2 * (spans + s) * block, 1);
-            if (row.scale == Scale::Step) prefetch(ahead, 1);
+            const uint8_t* scale = w.units[u].key_scale;
+            prefetch_scales(row, block, s, w.next[u].key_scale);
             for (int m = 0; m < M; ++m) {
                 float* out = w.score[m] + kUnit * u;
                 const __m512 found = _mm512_cvtepi32_ps(_mm512_load_si512(w.product[u][m]));
@@ -87,11 +94,9 @@ void scale_weights(const Row& row, int block, int span, int units, int m, CodedS
     if (row.scale == Scale::Step || row.scale == Scale::Token) {
         __m512 top = _mm512_set1_ps(1e-30f), lows = _mm512_setzero_ps();
         for (int u = 0; u < units; ++u) {
-            const uint8_t *scale = w.units[u].value_scale, *ahead = w.next[u].value_scale;
-            prefetch(ahead + 2 * span * block, 1);
+            const uint8_t* scale = w.units[u].value_scale;
             const __m512 p = _mm512_load_ps(w.score[m] + kUnit * u);
             const bool token = row.scale == Scale::Token;
-            if (token) prefetch(ahead + 2 * (spans + span) * block, 1);
             const __m512 step = token ? halves_at(scale + 2 * (spans + span) * block) : steps_of(scale);
             if (token) lows = _mm512_fmadd_ps(p, halves_at(scale + 2 * span * block), lows);
             const __m512 weight = _mm512_mul_ps(p, step);
@@ -114,7 +119,6 @@ inline void raw_values(const Row& row, int units, int m, CodedScratch& w) {
         __m512 sum = _mm512_setzero_ps();
         for (int u = 0; u < units; ++u) {
             const auto* data = reinterpret_cast<const __m256i*>(w.units[u].value + row.offsets[d]);
-            prefetch(w.next[u].value + row.offsets[d], 1);
             sum = _mm512_fmadd_ps(widen_bf16(_mm256_loadu_si256(data)), _mm512_load_ps(w.score[m] + kUnit * u), sum);
         }
         sums[d] = sums[d] * w.shrink[m] + _mm512_reduce_add_ps(sum) * w.worth[m];
@@ -145,6 +149,7 @@ void score_units(const Format& fmt, const Tile& tile, int units, CodedScratch& w
 template <int M, int D>
 void add_values(const Format& fmt, int units, CodedScratch& w) {
     for (int s = 0; s < span_count(fmt.value); ++s) {
+        for (int u = 0; u < units; ++u) prefetch_scales(fmt.value, fmt.block, s, w.next[u].value_scale);
         for (int m = 0; m < M; ++m) scale_weights<D>(fmt.value, fmt.block, s, units, m, w);
         value_products<M, D>(fmt.value, s, units, w);
     }
@@ -154,6 +159,7 @@ void add_values(const Format& fmt, int units, CodedScratch& w) {
 template <int M>
 void add_units(const Format& fmt, Tile& tile, int64_t number, int units, CodedScratch& w) {
     score_units<M>(fmt, tile, units, w);
+    for (int u = 0; u < units; ++u) prefetch(w.next[u].value, 2 * kUnit * fmt.value.raw);
     for (int m = 0; m < M; ++m) {
         absorb(tile, m, number, kUnit * units, w.score[m], w.shrink[m], w.worth[m]);
         raw_values(fmt.value, units, m, w);
@@ -185,8 +191,7 @@ void each_batch(const Format& fmt, const Run* runs, int count, CodedScratch& w, 
     // Bytes of scales that lie before those of the next token.
     const int key_size = fmt.key.scale == Scale::Channel ? 0 : fmt.key.scale == Scale::Step ? 1 : 2;
     const int value_size = fmt.value.scale == Scale::Step ? 1 : 2;
-    const Run* run = runs - 1;
-    const Run* const end = runs + count;
+    const Run *run = runs, *const end = runs + count;
     int left = 0, unit = 0;  // units of the run that are to come; the next one's number in its block
     const uint8_t* block = nullptr;
     Unit last{};
@@ -194,13 +199,12 @@ void each_batch(const Format& fmt, const Run* runs, int count, CodedScratch& w, 
     const auto list = [&](Unit* units) {
         int n = 0;
         for (; n < kMaxUnits; ++n) {
-            if (!left) {
-                if (run + 1 >= end) break;
-                ++run;
+            for (; !left && run < end; ++run) {
                 left = (run->last - run->first + kUnit - 1) / kUnit;
                 unit = run->first % fmt.block / kUnit;
                 block = run->page + size_t(run->first / fmt.block) * fmt.block_bytes;
             }
+            if (!left) break;
             const uint8_t* values = block + fmt.key_bytes;
             last = {
                 block + unit * fmt.key.unit_bytes,

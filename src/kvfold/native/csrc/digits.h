@@ -64,8 +64,8 @@ inline int fine_quads(const Row& row, const float* q, float digit) {
     if (row.fine()) return fine;
     if (row.scale == Scale::Token || row.scale == Scale::Step) {
         float square = 0;
-        for (int d = row.raw; d < row.kept; ++d) square += q[d] * q[d];
-        return std::max(0, fine - int(kRelative * kRelative * square / (digit * digit * 4 / 12)));
+        for (int d = row.raw; d < row.kept; ++d) square += q[d] / digit * (q[d] / digit);  // is 0 for queries of zeros
+        return std::max(0, fine - int(kRelative * kRelative * square / (4.f / 12)));
     }
     float left = kUncertain * kUncertain / (digit * digit);
     while (fine && (left -= row.quads[size_t(fine - 1)].noise) >= 0) --fine;

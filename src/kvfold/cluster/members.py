@@ -1,0 +1,133 @@
+"""The workers of a cluster as its router sees them."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from kvfold.cluster.messages import WorkerReady, WorkerReport
+from kvfold.cluster.options import Role
+from kvfold.engine.memory import GROWTH
+from kvfold.engine.stats import WorkerStats
+
+PREFIX_BLOCK = 512  # tokens between two snapshots of a prompt, as in EngineConfig
+MOST_PREFIXES = 4096  # blocks that are remembered of a worker
+
+
+class WorkerGone(Exception):
+    """A worker's process has ended; never reaches a user."""
+
+
+class Link(Protocol):
+    """The way to one worker's process."""
+
+    def send(self, command: bytes) -> None:
+        """Never waits; what is sent to a process that has ended is lost."""
+        ...
+
+    async def receive(self) -> list[bytes]:
+        """What happened since the last call, as soon as something has. Raises WorkerGone."""
+        ...
+
+    async def ping(self) -> None:
+        """Returns when the process answers. Raises WorkerGone."""
+        ...
+
+    def kill(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Member:
+    """One worker. `jobs`: KV bytes that its requests will take, by their key; `link` and `ready` while it is there."""
+
+    name: str
+    role: Role
+    link: Link | None = None
+    ready: WorkerReady | None = None
+    report: WorkerReport | None = None
+    jobs: dict[str, float] = field(default_factory=dict)
+    restarts: int = 0
+    fetched: int = 0
+    fetched_bytes: int = 0
+    fetched_seconds: float = 0.0
+    lost: int = 0
+    _prefixes: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+
+    @property
+    def load(self) -> float:
+        """KV bytes of what it was given to do and has not done."""
+        return sum(self.jobs.values())
+
+    def gone(self) -> None:
+        """Nothing that it knew is there any more."""
+        self.link = self.ready = self.report = None
+        self._prefixes.clear()
+
+    def known(self, blocks: Sequence[bytes]) -> int:
+        """How many of a prompt's blocks, from the first, it has read before and may still hold."""
+        count = 0
+        for block in blocks:
+            if block not in self._prefixes:
+                break
+            count += 1
+        return count
+
+    def remember(self, blocks: Sequence[bytes]) -> None:
+        """It reads a prompt with these blocks."""
+        for block in blocks:
+            self._prefixes[block] = None
+            self._prefixes.move_to_end(block)
+        while len(self._prefixes) > MOST_PREFIXES:
+            self._prefixes.popitem(last=False)
+
+    def cost(self, lane: int, tokens: int) -> float:
+        """KV bytes that a request of so many tokens takes here."""
+        return (tokens + GROWTH) * (self.ready.token_bytes[lane] if self.ready else 0.0)
+
+    def stats(self) -> WorkerStats:
+        report, stats = self.report, None if self.report is None else self.report.stats
+        return WorkerStats(
+            self.name,
+            self.role,
+            self.ready is not None,
+            len(self.jobs),
+            0 if stats is None else stats.used * stats.page_bytes,
+            0 if stats is None else stats.pages * stats.page_bytes,
+            0 if report is None else report.offered,
+            0 if report is None else report.offered_bytes,
+            0 if report is None else report.waiting,
+            0 if report is None else report.arriving,
+            self.fetched,
+            self.fetched_bytes,
+            self.fetched_seconds,
+            self.lost,
+            self.restarts,
+        )
+
+
+def prefix_blocks(lane: int, tokens: Sequence[int]) -> list[bytes]:
+    """A digest of every whole block of a prompt and all before it."""
+    state, found = hashlib.blake2b(lane.to_bytes(4, "little"), digest_size=16), []
+    data = np.asarray(tokens, np.int64)
+    for end in range(PREFIX_BLOCK, len(data) + 1, PREFIX_BLOCK):
+        state.update(data[end - PREFIX_BLOCK : end].tobytes())
+        found.append(state.copy().digest())
+    return found
+
+
+def choose_reader(members: Sequence[Member], lane: int, tokens: int, blocks: Sequence[bytes]) -> Member:
+    """Who is done with a prompt first: the bytes that wait there, and those of the prompt that are not there yet."""
+
+    def until_done(member: Member) -> float:
+        fresh = tokens - member.known(blocks) * PREFIX_BLOCK
+        return member.load + member.cost(lane, fresh)
+
+    return min(members, key=until_done)
+
+
+def choose_writer(members: Sequence[Member]) -> Member:
+    """Whose memory is least full, counting what was promised."""
+    return min(members, key=lambda member: member.load / (member.ready.kv_memory if member.ready else 1))

@@ -1,0 +1,160 @@
+"""Workers as Ray actors: where they run, how they are started, how their end is noticed."""
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from kvfold.cluster.members import WorkerGone
+from kvfold.cluster.options import ClusterOptions
+from kvfold.cluster.ray_objects import NAMESPACE
+from kvfold.cluster.worker import Worker
+from kvfold.errors import ClusterError
+
+log = logging.getLogger("kvfold.cluster")
+
+# Ray reports to its makers, runs workers at low priority and waits a minute for a head node, unless told otherwise.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+}
+KNOCK_SECONDS = 5.0
+PLACE_SECONDS = 30.0  # for resources that others may be about to give back
+
+
+class RayLink:
+    """The way to one actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def send(self, command: bytes) -> None:
+        """See `Link.send`."""
+        self._actor.send.remote(command)  # calls of one caller begin in their order
+
+    async def receive(self) -> list[bytes]:
+        """See `Link.receive`."""
+        events: list[bytes] = await _or_gone(self._actor.receive.remote())
+        return events
+
+    async def ping(self) -> None:
+        """See `Link.ping`."""
+        await _or_gone(self._actor.ping.remote())
+
+    def kill(self) -> None:
+        """See `Link.kill`."""
+        ray.kill(self._actor)
+
+
+class RayWorkers:
+    """Connects to Ray, or starts it on this machine, and reserves the workers' cores as one placement group.
+
+    options: the arguments of `LLM`. patience: seconds for a head node that restarts to come back. Raises ClusterError
+    where there is no such cluster or too little in it.
+    """
+
+    def __init__(self, options: dict[str, Any], cluster: ClusterOptions, patience: float = 0.0) -> None:
+        self._options = options
+        self._cluster = cluster
+        self._secret = secrets.token_bytes(32)
+        self._starts = 0
+        address = cluster.ray_address
+        cores = max(os.cpu_count() or 1, cluster.workers if cluster.threads is None else 1)
+        own: dict[str, Any] = {} if address else {"num_cpus": cores, "include_dashboard": False}
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        _knock(address, patience)
+        deadline = time.monotonic() + patience
+        while not ray.is_initialized():
+            try:
+                ray.init(address=address, namespace=NAMESPACE, configure_logging=False, log_to_driver=False, **own)
+            except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+                if time.monotonic() < deadline:
+                    time.sleep(1)
+                    continue
+                where = f"no Ray cluster answers at {address}" if address else "Ray cannot be started here"
+                raise ClusterError(f"{where} ({_first_line(error)}); check --ray-address") from error
+        self.threads = self._threads()
+        self._group = self._reserve()
+
+    async def spawn(self, name: str, number: int) -> RayLink:
+        """Starts the process of a worker, in the part of the placement group that is its. Raises WorkerGone."""
+        self._starts += 1
+        cluster = self._cluster
+        unique = f"{name}.{os.getpid()}.{self._starts}"
+        place = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=number)
+        remote: Any = ray.remote(Worker)
+        actor = remote.options(name=unique, num_cpus=self.threads, scheduling_strategy=place, max_concurrency=64)
+        options = {**self._options, "threads": self.threads}
+        transport = (cluster.transport, self._secret, cluster.link_gbps, cluster.stall_seconds)
+        made = actor.remote(unique, options, *transport)
+        await _or_gone(made.start.remote())
+        return RayLink(made)
+
+    def close(self) -> None:
+        """Ends all workers, and Ray where it was started here."""
+        remove_placement_group(self._group)
+        ray.shutdown()
+
+    def _threads(self) -> int:
+        """Of each worker, so that they share the smallest node's cores."""
+        if self._cluster.threads is not None:
+            return self._cluster.threads
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        cores = min(int(node["Resources"].get("CPU", 0)) for node in nodes)
+        return max(1, cores // -(-self._cluster.workers // len(nodes)))
+
+    def _reserve(self) -> PlacementGroup:
+        count, threads = self._cluster.workers, self.threads
+        wanted, there = count * threads, int(ray.cluster_resources().get("CPU", 0))
+        if wanted > there:
+            ray.shutdown()
+            raise ClusterError(
+                f"{count} workers of {threads} threads need {wanted} cores and the Ray cluster has {there}; "
+                "ask for fewer workers or threads, or add nodes"
+            )
+        group: PlacementGroup = placement_group([{"CPU": float(threads)}] * count, strategy="SPREAD")
+        if not group.wait(PLACE_SECONDS):
+            free = ray.available_resources().get("CPU", 0)
+            ray.shutdown()
+            raise ClusterError(
+                f"{wanted} cores were not free within {PLACE_SECONDS:g} s ({free:g} are); end what else runs there"
+            )
+        return group
+
+
+def _knock(address: str | None, patience: float) -> None:
+    """Ray itself takes minutes to see that nobody listens at an address. Raises ClusterError."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host:
+        return
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        except (OSError, ValueError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"no Ray cluster answers at {address} ({error}); check --ray-address") from error
+            time.sleep(1)
+        else:
+            return
+
+
+async def _or_gone(reference: Awaitable[Any]) -> Any:
+    try:
+        return await reference
+    except RayError as error:
+        raise WorkerGone(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
