@@ -176,5 +176,7 @@ def test_prefixes_are_shared_between_requests(client: OpenAI, server: RunningSer
     question = [{"role": "user", "content": "what is sealed stays as it is " * 6}]
     first = ask(client, messages=question)
     again = ask(client, messages=[*question, {"role": "assistant", "content": "Yes."}, *MESSAGES])
-    assert first.usage.prompt_tokens_details.cached_tokens == 0
-    assert again.usage.prompt_tokens_details.cached_tokens > 0
+    # Other tests asked this server before: a first token in common with one of theirs is shared too.
+    half = first.usage.prompt_tokens // 2
+    assert first.usage.prompt_tokens_details.cached_tokens < half
+    assert again.usage.prompt_tokens_details.cached_tokens > half
