@@ -23,8 +23,8 @@ def test_status_without_a_server_says_so(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"prefill": 0}, "--prefill-workers 0"),
-        ({"decode": -1}, "--decode-workers -1"),
+        ({"prefill": -1}, "--prefill-workers -1"),
+        ({"decode": 0}, "--decode-workers 0"),
         ({"transport": "pigeon"}, "tcp, ray, gloo"),
         ({"link_gbps": float("nan")}, "rate above 0"),
         ({"link_gbps": 1.0, "transport": "gloo"}, "limits TCP alone"),

@@ -48,7 +48,7 @@ def together(made: Tiny, body: Callable[[Cluster], Any], **options: Any) -> None
     asyncio.run(go())
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 3), (0, 2)])
 def test_workers_answer_as_one_engine(tiny: GetTiny, prefill: int, decode: int) -> None:
     made = tiny("llama")
     adds = requests(random.Random(prefill), 24)
@@ -58,7 +58,7 @@ def test_workers_answer_as_one_engine(tiny: GetTiny, prefill: int, decode: int) 
         found = await asyncio.gather(*(running.ask(add) for add in adds))
         assert found == wanted
         moved = sum(m.fetched for m in running.router.members)
-        assert moved > 0
+        assert bool(moved) == bool(prefill)
         assert all(m.fetched == 0 for m in running.router.members if m.role == "prefill")
 
     together(made, body, prefill=prefill, decode=decode)
@@ -140,14 +140,16 @@ def test_a_request_that_is_lost_again_and_again_gets_a_clean_error(tiny: GetTiny
     together(tiny("llama"), body, transport=FaultyTransport, attempts=2)
 
 
-def test_a_prompt_goes_where_its_beginning_is_known(tiny: GetTiny) -> None:
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (0, 2)])
+def test_a_prompt_goes_where_its_beginning_is_known(tiny: GetTiny, prefill: int, decode: int) -> None:
     made = tiny("llama")
     prompt = tokens(600, 1)
 
     async def body(running: Cluster) -> None:
         await running.ask(Add("a", prompt[:560], greedy(2), 0))
         await running.ask(Add("b", tokens(560, 2), greedy(2), 0))
-        readers = [running.workers[m.name] for m in running.router.members if m.role == "prefill"]
+        reading = "prefill" if prefill else "decode"
+        readers = [running.workers[m.name] for m in running.router.members if m.role == reading]
         assert [w.engine.stats().prefix_hit_tokens for w in readers] == [0, 0]
         for number in range(3):
             await running.ask(Add(f"c{number}", prompt, greedy(2), 0))
@@ -155,7 +157,7 @@ def test_a_prompt_goes_where_its_beginning_is_known(tiny: GetTiny) -> None:
         assert hits[0] == 0
         assert hits[1] >= 3 * 512
 
-    together(made, body, prefill=2, decode=1)
+    together(made, body, prefill=prefill, decode=decode)
 
 
 def test_roles_change_while_requests_run(tiny: GetTiny) -> None:
@@ -165,7 +167,7 @@ def test_roles_change_while_requests_run(tiny: GetTiny) -> None:
 
     async def body(running: Cluster) -> None:
         asked = [asyncio.create_task(running.ask(add)) for add in adds]
-        for prefill in (3, 1, 2):
+        for prefill in (3, 0, 1, 2):
             await asyncio.sleep(0.1)
             running.router.handle(SetRoles(prefill, 4 - prefill))
             roles = [m.role for m in running.router.members]

@@ -84,14 +84,15 @@ def status(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: options.Json
 
 @app.command()
 def rebalance(
-    prefill: Annotated[int, typer.Option(help="Workers that read prompts.", min=1)],
+    prefill: Annotated[int, typer.Option(help="Workers that read prompts; 0: the others do both.", min=0)],
     decode: Annotated[int, typer.Option(help="Workers that give answers.", min=1)],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Share the workers of a running server out anew; what runs goes on where it is."""
     _ask(url, "/cluster/roles", api_key, {"prefill": prefill, "decode": decode})
-    typer.echo(f"{prefill} workers read prompts and {decode} give answers from now on.")
+    readers = f"{prefill} workers read prompts" if prefill else "every worker reads the prompts that it answers"
+    typer.echo(f"From now on {readers}; {decode} give answers.")
 
 
 def _ask(url: str, path: str, api_key: str | None, body: dict[str, Any] | None = None) -> dict[str, Any]:

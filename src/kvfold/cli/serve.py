@@ -52,7 +52,9 @@ def serve(
     max_sequences: Annotated[int, typer.Option(help="Sequences that run at once.")] = 256,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine (default: all cores).")] = None,
     seed: Annotated[int, typer.Option(help="For requests without their own.")] = 0,
-    prefill_workers: Annotated[int | None, typer.Option(help="Workers that only read prompts.")] = None,
+    prefill_workers: Annotated[
+        int | None, typer.Option(help="Workers that only read prompts; with 0 the others do both.")
+    ] = None,
     decode_workers: Annotated[int | None, typer.Option(help="Workers that give the answers.")] = None,
     transport: Annotated[str, typer.Option(help="What carries KV pages between workers: tcp, ray or gloo.")] = "tcp",
     ray_address: Annotated[

@@ -12,10 +12,11 @@ TRANSPORTS = ("tcp", "ray", "gloo")
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """prefill, decode: workers of each role. transport: who carries KV caches. ray_address: of a Ray cluster that runs
-    already; None starts one on this machine and stops it in the end. threads: of each worker; None: this machine's
-    cores shared out. link_gbps: limits what a worker sends over TCP. stall_seconds: silence after which a transfer or a
-    worker is given up. attempts: times that a request is begun again after a worker or transfer was lost.
+    """prefill, decode: workers of each role; without readers every worker reads the prompts that it answers. transport:
+    who carries KV caches. ray_address: of a Ray cluster that runs already; None starts one on this machine and stops it
+    in the end. threads: of each worker; None: this machine's cores shared out. link_gbps: limits what a worker sends
+    over TCP. stall_seconds: silence after which a transfer or a worker is given up. attempts: times that a request is
+    begun again after a worker or transfer was lost.
 
     Raises ConfigError for values out of range.
     """
@@ -30,10 +31,10 @@ class ClusterOptions:
     attempts: int = 3
 
     def __post_init__(self) -> None:
-        for role in ROLES:
-            count = getattr(self, role)
-            if count < 1:
-                raise ConfigError(f"--{role}-workers {count} is out of range; give at least 1 of each role")
+        if self.prefill < 0:
+            raise ConfigError(f"--prefill-workers {self.prefill} is out of range; give 0 or more")
+        if self.decode < 1:
+            raise ConfigError(f"--decode-workers {self.decode} is out of range; give at least 1")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"--transport {self.transport!r} is unknown; choose one of {', '.join(TRANSPORTS)}")
         if self.link_gbps is not None and not 0 < self.link_gbps < float("inf"):

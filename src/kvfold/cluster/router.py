@@ -211,13 +211,15 @@ class Router:
             return
         self._keys[job.key] = job
         lane, tokens = job.add.lane, job.tokens
-        if readers and writers and not (job.begun and job.add.params.n > 1):
-            blocks = prefix_blocks(lane, job.add.prompt_token_ids)
-            job.reader = choose_reader(readers, lane, tokens, blocks)
-            job.reader.remember(blocks)
-        else:  # completions that have said different things are read by who goes on with them
-            job.writer, job.told, job.fetched = choose_writer(writers or readers), True, True
-        [member] = job.members()
+        # Completions that have said different things are read by who goes on with them.
+        apart = bool(readers and writers) and not (job.begun and job.add.params.n > 1)
+        blocks = prefix_blocks(lane, job.add.prompt_token_ids)
+        member = choose_reader(readers if apart else writers or readers, lane, tokens, blocks)
+        member.remember(blocks)
+        if apart:
+            job.reader = member
+        else:
+            job.writer, job.told, job.fetched = member, True, True
         member.jobs[job.key] = member.cost(lane, tokens)
         _send(member, job.command(handover=job.reader is not None))
 

@@ -70,9 +70,9 @@ class WorkerFigures(BaseModel):
 
 
 class Roles(BaseModel):
-    """How many workers of a cluster read prompts and give answers."""
+    """How many workers of a cluster read prompts and give answers; without readers the others do both."""
 
-    prefill: int = Field(ge=1)
+    prefill: int = Field(ge=0)
     decode: int = Field(ge=1)
 
 
