@@ -51,10 +51,17 @@ class RunningServer:
         """What /ready says."""
         return httpx.get(f"{self.url}/ready", timeout=10.0).json()
 
+    def _answer(self) -> str | None:
+        """Its status; None where it does not listen."""
+        try:
+            return str(self.status()["status"])
+        except httpx.ConnectError:
+            return None
+
     def wait_ready(self, status: str = "ready") -> None:
         """Returns when /ready says `status`."""
         deadline = time.monotonic() + READY_SECONDS
-        while self.status()["status"] != status:
+        while self._answer() != status:
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise RuntimeError(f"the server is not {status}:\n" + "".join(self.log))
             time.sleep(0.05)
