@@ -26,7 +26,7 @@ def backend(kernels: str) -> CpuBackend:
 
 
 @st.composite
-def rows(draw: st.DrawFn, dim: int, block: int, scales: list[Scale], raw: int) -> Row:
+def rows(draw: st.DrawFn, dim: int, block: int, scales: list[Scale], raw: int, sums: bool = False) -> Row:
     scale = draw(st.sampled_from(scales))
     widths = sorted(draw(st.lists(st.sampled_from(range(1, 9)), min_size=1, max_size=4, unique=True)), reverse=True)
     if scale is Scale.STATIC and draw(st.booleans()):
@@ -37,7 +37,7 @@ def rows(draw: st.DrawFn, dim: int, block: int, scales: list[Scale], raw: int) -
     group = (
         draw(st.sampled_from([None, *(g for g in (4, 8, 32) if cuts[-1] % g == 0)])) if scale is Scale.TOKEN else None
     )
-    return Row(segments, scale, group)
+    return Row(segments, scale, group, sums and scale in (Scale.TOKEN, Scale.CHANNEL))
 
 
 @st.composite
@@ -53,7 +53,9 @@ def layouts(draw: st.DrawFn) -> tuple[CacheLayout, int, int]:
         near = raw_format(page, dim, raw_bits)
         return CacheLayout(((near,) * kv_heads,) * len(windows), near, 0, 0, windows, exact=True), group, dim
     block = draw(st.sampled_from([16, 16, 32, 64]))
-    sides = st.tuples(*[rows(dim, block, list(Scale), raw_bits)] * 2)
+    # With sums on both sides the reference would multiply codes, as HACK does.
+    summed = draw(st.sampled_from([(False, False), (True, False), (False, True)]))
+    sides = st.tuples(*(rows(dim, block, list(Scale), raw_bits, sums) for sums in summed))
     drawn = [draw(sides) for _ in range(kv_heads)]
     page = max(page, *(key.nbytes(block) + value.nbytes(block) for key, value in drawn))
     near = raw_format(page, dim, raw_bits)
@@ -110,3 +112,21 @@ def test_scales_of_channels(kernels: str, block: int, dim: int) -> None:
     wrong, off = got[0].float() - expected[0].float(), got[1] - expected[1]
     assert float(wrong.norm() / expected[0].float().norm()) < (0.08 if "vnni" in kernels else 1e-5)
     assert float(off.pow(2).mean().sqrt()) < (0.02 if "vnni" in kernels else 1e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("bits", "block", "dim"), [(2, 64, 64), (4, 32, 128), (8, 16, 40)])
+def test_codes_with_sums(kernels: str, bits: int, block: int, dim: int) -> None:
+    """HACK's pages. The reference rounds queries and weights to 8 bits as the paper does, the kernels to more."""
+    page = 160 * dim
+    near = raw_format(page, dim)
+    key = Row((Segment(bits, dim),), Scale.TOKEN, dim // 2, sums=True)
+    fmt = PageFormat(page, dim, block, key, Row((Segment(bits, dim),), Scale.CHANNEL, sums=True))
+    layout = CacheLayout(((fmt,),), near, 3, 20, (None,))
+    inputs = random_inputs([701], 1, 3, 1, dim, 0)
+    (got,), (expected,) = (
+        stepped(b, layout, inputs, [[690, 1, 1, 9]], 0.05, 400)[0] for b in (backend(kernels), ReferenceBackend())
+    )
+    wrong, off = got[0].float() - expected[0].float(), got[1] - expected[1]
+    assert float(wrong.norm() / expected[0].float().norm()) < (0.08 if "vnni" in kernels else 0.02)
+    assert float(off.pow(2).mean().sqrt()) < 0.02

@@ -87,9 +87,9 @@ def test_a_failed_build_leaves_what_there_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_formats_with_sums_go_to_the_reference() -> None:
-    row = Row((Segment(2, 16),), Scale.TOKEN, sums=True)
-    assert not calls.supported(PageFormat(1024, 16, 16, row, row))
+def test_units_of_odd_sizes_go_to_the_reference() -> None:
+    row = Row((Segment(2, 16),), Scale.TOKEN)
+    assert not calls.supported(PageFormat(2048, 16, 12, row, row))
 
 
 def test_structures_have_the_size_that_the_library_expects() -> None:

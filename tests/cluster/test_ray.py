@@ -104,6 +104,7 @@ def asked(server: RunningServer, jobs: list[tuple[str, str]]) -> Callable[[], li
     return wait
 
 
+@pytest.mark.timeout(300 + 30 * SCHEDULES)
 def test_killed_workers_change_no_answer(pair: RunningServer, expected: dict[tuple[str, str], list[str]]) -> None:
     """A worker is killed at a random moment of three requests; KVFOLD_KILLS says how often."""
     rng = random.Random(7)

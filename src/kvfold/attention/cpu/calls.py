@@ -82,8 +82,8 @@ STRUCTURES = (Step, Layer, SealedTables, SealedCall, FrameInfo, Tracks, WatchInf
 
 
 def supported(fmt: PageFormat) -> bool:
-    """Whether the kernels know this format. They do not keep sums of codes, nor units of odd sizes."""
-    if fmt.key.sums or fmt.value.sums or fmt.head_dim > MOST_DIM:
+    """Whether the kernels know this format. They do not keep units of odd sizes."""
+    if fmt.head_dim > MOST_DIM:
         return False
     return fmt.block <= 256 and (fmt.block % UNIT == 0 or UNIT % fmt.block == 0)
 
@@ -99,4 +99,5 @@ def native_format(fmt: PageFormat) -> int:
 
 
 def _row_words(row: Row) -> list[int]:
-    return [_SCALES[row.scale], row.kept // (row.group or row.kept) if row.kept else 1, row.kept, *row.widths]
+    groups = row.kept // (row.group or row.kept) if row.kept else 1
+    return [_SCALES[row.scale], groups, int(row.sums), row.kept, *row.widths]

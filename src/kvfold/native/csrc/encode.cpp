@@ -34,6 +34,11 @@ void put_half(uint8_t* out, size_t index, float value) {
     std::memcpy(out + 2 * index, &half, 2);
 }
 
+void put_sum(uint8_t* out, size_t index, int value) {
+    const int16_t sum = int16_t(value);
+    std::memcpy(out + 2 * index, &sum, 2);
+}
+
 // Offset and step of `dims` dimensions x `tokens` tokens, rounded to what the reader will see.
 void scale_of(const float* x, int d0, int d1, int t0, int t1, int dim, float levels, float& low, float& step) {
     float least = x[t0 * dim + d0], most = least;
@@ -74,8 +79,10 @@ void encode(const Row& row, int block, int dim, const float* x, uint8_t* out) {
                 scale_of(x, g * size, (g + 1) * size, t, t + 1, dim, float((1 << widest) - 1), low, step);
                 put_half(scales, size_t(g) * block + t, low);
                 put_half(scales, size_t(row.groups + g) * block + t, step);
+                int sum = 0;
                 for (int d = g * size; d < (g + 1) * size; ++d)
-                    codes[d][t] = code((x[t * dim + d] - low) / std::max(step, 1e-12f), row.widths[d]);
+                    sum += codes[d][t] = code((x[t * dim + d] - low) / std::max(step, 1e-12f), row.widths[d]);
+                if (row.sums) put_sum(scales, size_t(2 * row.groups + g) * block + t, sum);
             }
         }
     }
@@ -85,8 +92,10 @@ void encode(const Row& row, int block, int dim, const float* x, uint8_t* out) {
             scale_of(x, d, d + 1, 0, block, dim, float((1 << row.widths[d]) - 1), low, step);
             put_half(scales, d, low);
             put_half(scales, size_t(row.kept) + d, step);
+            int sum = 0;
             for (int t = 0; t < block; ++t)
-                codes[d][t] = code((x[t * dim + d] - low) / std::max(step, 1e-12f), row.widths[d]);
+                sum += codes[d][t] = code((x[t * dim + d] - low) / std::max(step, 1e-12f), row.widths[d]);
+            if (row.sums) put_sum(scales, size_t(2) * row.kept + d, sum);
         }
     }
     for (int first = 0; first < block; first += unit_tokens) {

@@ -39,6 +39,7 @@ Row make_row(const int32_t*& words, int block, bool key) {
     Row row;
     row.scale = Scale(*words++);
     row.groups = *words++;
+    row.sums = *words++ != 0;
     row.kept = *words++;
     row.unit = std::min(block, kUnit);
     for (int i = 0; i < row.kept; ++i) {
@@ -91,7 +92,7 @@ bool bytewise(const Row& row, int block) {
 }  // namespace
 
 int Row::nbytes(int block) const {
-    static constexpr int per_scale[] = {0, 4, 4, 1};
+    const int per_scale[] = {0, 4 + 2 * sums, 4 + 2 * sums, 1};
     const int count = !kept                      ? 0
                       : scale == Scale::Token    ? block * groups
                       : scale == Scale::Channel  ? kept

@@ -29,6 +29,7 @@ struct Row {
     int bits = 0;                   // of all codes of a token
     Scale scale = Scale::Static;
     int groups = 1;                 // token scales: groups of dimensions
+    bool sums = false;              // of the codes that share a scale are stored behind the scales: nobody here reads them
     std::vector<uint8_t> widths;    // bits of every kept dimension
     std::vector<int32_t> offsets;   // bytes before it in a unit
     std::vector<float> centre;      // what a static or logarithmic code is counted from
@@ -52,7 +53,7 @@ struct Format {
     bool raw() const { return block == 1 && !key.coded() && !value.coded(); }
 };
 
-// `words`: page_bytes, head_dim, block, then key and value as (scale, groups, kept, widths...).
+// `words`: page_bytes, head_dim, block, then key and value as (scale, groups, sums, kept, widths...).
 Format make_format(const int32_t* words);
 
 }  // namespace kvfold
