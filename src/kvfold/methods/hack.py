@@ -13,10 +13,9 @@ from kvfold.methods.quantiser import Quantiser, check_group
 class Hack(Quantiser):
     """`hack(bits=2, partition=64)`: keys share an offset and a step per token and `partition` channels, values per
     channel and `partition` tokens, which is the dimension that each is summed over. Queries and attention weights are
-    rounded to 8 bits, and products are of codes (`attention/homomorphic.py`; the compiled kernels round to more bits and
-    count from the middle, which needs no sums). The sum of the codes of a partition is stored with it (summation
-    elimination); values stay in 16 bits until their partition is full (requantisation
-    elimination).
+    rounded to 8 bits, and products are of codes (`attention/homomorphic.py`; the compiled kernels round to more bits
+    and count from the middle, which needs no sums). The sum of the codes of a partition is stored with it (summation
+    elimination); values stay in 16 bits until their partition is full (requantisation elimination).
 
     Deviations: the newest `recent` tokens stay in 16 bits beside the open partition, and so do the sinks.
     """

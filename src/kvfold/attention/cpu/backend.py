@@ -22,8 +22,8 @@ class CpuBackend:
     """Implements `AttentionBackend` with the kernels for this machine's instructions.
 
     kernels: name of the instructions to be used (`avx512-vnni-bf16`, `avx512-vnni`, `avx2`, `portable`); None: the best
-    there are. What the kernels do not know (formats with sums of codes, units of odd sizes) goes to the reference,
-    and so do long pieces of staged prompts where the kernels have no AVX-512.
+    there are. What the kernels do not know (units of odd sizes) goes to the reference, and so do long pieces of staged
+    prompts where the kernels have no AVX-512, if both then compute the same.
     Raises KernelsUnavailable where the kernels were not built or the machine lacks the instructions.
     """
 
@@ -40,12 +40,14 @@ class CpuBackend:
 
     def plan(self, pool: PagePool, layout: Layout, steps: Sequence[SequenceStep[Any]], scale: float) -> Plan:
         formats = self._formats_of(layout) if pool.data.device.type == "cpu" else None
-        fitting = self._wide or all(step.count <= MANY for step in steps)
-        if isinstance(layout, StagedLayout) and isinstance(formats, StagedFormats) and fitting:
+        if isinstance(layout, StagedLayout) and isinstance(formats, StagedFormats) and self._fits(formats, steps):
             return CpuStagedPlan(pool, layout, formats, steps, scale, self._kernels)
         if isinstance(layout, CacheLayout) and isinstance(formats, SealedFormats):
             return CpuSealedPlan(pool, layout, formats, steps, scale, self._kernels)
         return self._reference.plan(pool, layout, steps, scale)
+
+    def _fits(self, formats: StagedFormats, steps: Sequence[SequenceStep[Any]]) -> bool:
+        return self._wide or formats.rounded_by_reference or all(step.count <= MANY for step in steps)
 
     def _formats_of(self, layout: Layout) -> Formats:
         if id(layout) not in self._formats:

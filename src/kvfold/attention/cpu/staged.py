@@ -24,7 +24,10 @@ class StagedFormats:
 
     def __init__(self, layout: StagedLayout) -> None:
         count = layout.tracks * layout.kv_heads
-        self.layers = [(c_void_p * count)(*map(native_format, _formats(layout, i))) for i in range(layout.layers)]
+        every = [_formats(layout, layer) for layer in range(layout.layers)]
+        self.layers = [(c_void_p * count)(*map(native_format, formats)) for formats in every]
+        # There the reference rounds queries and weights as HACK does: who computes must not depend on a chunk's size.
+        self.rounded_by_reference = any(fmt.key.sums and fmt.value.sums for formats in every for fmt in formats)
 
     @classmethod
     def of(cls, layout: StagedLayout) -> "StagedFormats | None":
