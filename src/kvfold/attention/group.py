@@ -71,8 +71,7 @@ class Group:
             start = step.tables.length
             row = np.arange(layout.far_tokens(start), layout.far_tokens(start + self.lq))
             position = row + layout.sinks
-            slot = layout.sinks + (position - layout.sinks) % max(layout.ring, 1)
-            source = np.where(position < start, slot, self.held.shape[1] + position - start)
+            source = np.where(position < start, layout.slot_of(position), self.held.shape[1] + position - start)
             found.append((np.full_like(row, i), source, row))
         return _joined(found)
 
@@ -91,16 +90,8 @@ class Group:
 
     def _near_mask(self, window: int | None, keeps_sinks: bool) -> Tensor:
         """Which near keys each query sees, [N, Lq, slots + Lq]."""
-        layout = self._layout
-        keys = torch.cat([self.held, self._queries], 1)[:, None]
-        queries = self._queries[..., None]
-        mask = (keys >= 0) & (keys <= queries)
-        if not layout.exact:
-            mask &= (keys < layout.sinks) | (keys >= self._sealed[..., None])
-        if window is None:
-            return mask
-        inside = keys > queries - window
-        return mask & (inside | (keys < layout.sinks) if keeps_sinks else inside)
+        keys = torch.cat([self.held, self._queries], 1)
+        return self._layout.seen_near(self._queries, keys, window, keeps_sinks)
 
     def _far_mask(self, fmt: PageFormat, window: int | None) -> Tensor:
         """Which far rows each query sees, [N, Lq, columns * capacity]."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.text import Text
 from kvfold.benchmark.errors import BenchmarkError
 from kvfold.benchmark.measures import Distribution, Summary
 from kvfold.benchmark.outcome import Outcome
+from kvfold.config.files import write_atomically
 from kvfold.config.size import format_bytes
 
 LATE_SECONDS = 0.01
@@ -83,12 +83,9 @@ def _plain(value: Any, digits: int | None = None) -> Any:
 
 def save_document(document: dict[str, Any], path: Path) -> None:
     """Write `document` to `path`, whole or not at all. Raises BenchmarkError if it cannot."""
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
-        os.replace(part, path)
+        write_atomically(path, json.dumps(document, allow_nan=False).encode())
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise BenchmarkError(f"cannot write {path}: {error.strerror}; give another --out") from error
 
 

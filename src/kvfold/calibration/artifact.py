@@ -1,6 +1,5 @@
 """The saved calibration: one safetensors file whose header says what it was made from, and a checksum."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kvfold.config.files import write_atomically
 from kvfold.errors import CalibrationError
 
 FORMAT_VERSION = 2
@@ -62,25 +62,13 @@ def save_artifact(path: Path, artifact: Artifact) -> None:
         "kvfold_header": header,
         "kvfold_checksum": checksum(header, artifact.tensors),
     }
-    write_atomically(path, save(dict(artifact.tensors), metadata))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all. Raises CalibrationError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = save(dict(artifact.tensors), metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, data)
     except OSError as error:
         reason = error.strerror or str(error)
         raise CalibrationError(f"cannot write {path}: {reason}; free some space or choose another --out") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path) -> None:

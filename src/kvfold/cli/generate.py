@@ -68,35 +68,33 @@ def generate(
     """
     parse_method(kv)
     memory = parse_bytes(kv_memory)
+    spread = None
+    if sequence_parallel is not None:
+        spread = parallel.make_config(
+            sequence_parallel,
+            variant,
+            model=model,
+            kv=kv,
+            kv_memory=memory,
+            dtype=dtype,
+            weights=weights,
+            calibration=None if calibration is None else str(calibration),
+            wire_bits=wire_bits,
+            timeout=rank_timeout,
+        )
+        if parallel.followed(spread):
+            return
     prompts = read_prompts(prompt or [], prompt_file or [])
     context = None if context_file is None else read_prompts([], [context_file])[0]
 
     params = kvfold.SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
     )
-    if sequence_parallel is not None:
+    if spread is not None:
         if context is not None:
             raise ConfigError("--context-file does not go with --sequence-parallel; put the document into the prompt")
-        answers = parallel.run_parallel(
-            parallel.make_config(
-                sequence_parallel,
-                variant,
-                model=model,
-                kv=kv,
-                kv_memory=memory,
-                dtype=dtype,
-                weights=weights,
-                calibration=None if calibration is None else str(calibration),
-                wire_bits=wire_bits,
-                timeout=rank_timeout,
-            ),
-            prompts,
-            chat,
-            params,
-            seed,
-        )
-        if answers is not None:
-            _print(model, kv, answers.requests, answers.seconds, [], json, answers.wire)
+        answers = parallel.run_parallel(spread, prompts, chat, params, seed)
+        _print(model, kv, answers.requests, answers.seconds, [], json, answers.wire)
         return
     progress = ConsoleProgress()
     llm = kvfold.LLM(

@@ -25,7 +25,8 @@ Ranks = Annotated[
     int | None,
     typer.Option(
         "--sequence-parallel",
-        help="Spread each prompt and its cache over N processes: of this machine, or those that torchrun started.",
+        help="Spread each prompt and its cache over N processes: of this machine, or of several, where RANK is set as "
+        "torchrun does it.",
         metavar="N",
     ),
 ]
@@ -62,20 +63,26 @@ def make_config(ranks: int, variant: str, **settings: Any) -> "ParallelConfig":
     return ParallelConfig(ranks, variant=chosen, **settings)
 
 
+def followed(config: "ParallelConfig") -> bool:
+    """Whether this process is a rank other than 0; it has then followed rank 0, which has the prompts, to the end."""
+    from kvfold.parallel.launch import follow, launched_rank
+
+    if not launched_rank():
+        return False
+    follow(config)
+    return True
+
+
 def run_parallel(
     config: "ParallelConfig", prompts: list[str], chat: bool, params: "SamplingParams", seed: int
-) -> Answers | None:
-    """Answers prompts one after the other; None on a rank that only follows."""
+) -> Answers:
+    """Answers prompts one after the other, on rank 0."""
     from kvfold.engine.prompts import encode, render_chat
     from kvfold.parallel.generating import ParallelGenerator
-    from kvfold.parallel.launch import follow, joined_ranks, launched_rank, local_ranks
+    from kvfold.parallel.launch import joined_ranks, launched_rank, local_ranks
 
-    rank = launched_rank()
-    if rank:
-        follow(config)
-        return None
     progress = ConsoleProgress()
-    with (local_ranks if rank is None else joined_ranks)(config, progress) as (group, loaded):
+    with (local_ranks if launched_rank() is None else joined_ranks)(config, progress) as (group, loaded):
         tokenizer = loaded.model.tokenizer
         started, outputs = time.perf_counter(), []
         generator = ParallelGenerator(group, loaded.model, seed)

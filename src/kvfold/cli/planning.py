@@ -1,6 +1,5 @@
 """Options and tables that `kvfold simulate` and `kvfold plan` share."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,11 +32,10 @@ def write_json(document: dict[str, Any], path: Path) -> None:
     """Writes a document, dataclasses and all, whole or not at all. Raises PlacementError."""
     import msgspec
 
+    from kvfold.config.files import write_atomically
     from kvfold.planner.errors import PlacementError
 
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(msgspec.json.encode(document))
-        os.replace(part, path)
+        write_atomically(path, msgspec.json.encode(document))
     except OSError as error:
         raise PlacementError(f"cannot write {path}: {error.strerror}; give another --out") from error

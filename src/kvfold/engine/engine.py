@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from kvfold.attention.base import AttentionBackend
 from kvfold.attention.choose import choose_backend
 from kvfold.config.engine import EngineConfig
-from kvfold.engine.detokenizer import Detokenizer
 from kvfold.engine.handover import Arriving, Handovers
 from kvfold.engine.lane import MethodLane
 from kvfold.engine.memory import KVMemory
 from kvfold.engine.outputs import CompletionOutput, FinishReason, KVUsage, Logprob, RequestMetrics, RequestOutput
 from kvfold.engine.params import SamplingParams
+from kvfold.engine.prompts import check_ids
 from kvfold.engine.row_state import RowState
 from kvfold.engine.runner import Runner, StepResult
 from kvfold.engine.sampler import Sampler
@@ -91,30 +91,25 @@ class Engine:
         request_id = request_id if request_id is not None else str(next(self._ids))
         if request_id in self._requests:
             raise PromptError(f"request id {request_id!r} is in use; choose another")
-        outside = [t for t in prompt_token_ids if not 0 <= t < self._spec.vocab]
-        if outside:
-            raise PromptError(f"token id {outside[0]} is not in the vocabulary; give ids below {self._spec.vocab}")
-        params.check_vocabulary(self._spec.vocab)
-        length, positions = len(prompt_token_ids), self._spec.max_positions
-        context = self._context(lane, length, context)
-        self.memory.check_prompt(lane, length, positions, context)
-        wanted = positions if params.max_tokens is None else min(length + params.max_tokens, positions)
-        limit = self.memory.longest(lane, wanted, context)
+        spec, length = self._spec, len(prompt_token_ids)
+        check_ids(prompt_token_ids, spec.vocab, spec.max_positions)
+        params.check_vocabulary(spec.vocab)
+        context = self.lanes[lane].context(length, context)
+        self.memory.check_prompt(lane, length, context)
+        limit = self.memory.longest(lane, params.last_position(length, spec.max_positions), context)
         metrics = RequestMetrics(time.monotonic())
         request = Request(request_id, prompt, list(prompt_token_ids), params, lane, metrics, context, tap, handover)
         for index in range(params.n):
-            output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
             row = RowState.create(
                 params,
                 request.prompt_token_ids,
-                output_token_ids=output.token_ids,
-                eos_token_ids=self._spec.eos_token_ids,
+                eos_token_ids=spec.eos_token_ids,
                 request_id=request_id,
                 index=index,
                 engine_seed=self._config.seed,
                 grammar=None if grammar is None else self._grammars.start(grammar),
             )
-            request.sequences.append(Sequence(request, row, Detokenizer(self._tokenizer, params), output, limit))
+            request.sequences.append(Sequence(request, row, self._tokenizer, limit, index))
         going_on = [s for s, said in zip(request.sequences, outputs, strict=False) if s.resume(said)]
         if arrived is not None:
             self.handovers.accept(*arrived, going_on)
@@ -124,20 +119,6 @@ class Engine:
                 self.scheduler.add(sequence)
         self._requests[request_id] = request
         return request_id
-
-    def _context(self, lane: int, length: int, context: int | None) -> int:
-        """Prompt tokens before the first event after the context."""
-        if self.lanes[lane].method.compress == "prompt":
-            return length
-        if context is None:
-            label = self.lanes[lane].label
-            raise PromptError(
-                f"{label} compresses a context before the question is read, and this prompt marks none; "
-                'give the context apart ({"context": ..., "prompt": ...}, --context-file) or use compress="prompt"'
-            )
-        if not 0 < context <= length:
-            raise PromptError(f"context={context} is out of range; give 1 to the prompt's {length} tokens")
-        return context
 
     @cached_property
     def _grammars(self) -> "GrammarReader":
@@ -267,25 +248,9 @@ class Engine:
         return others
 
     def _append(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
-        output, params = sequence.output, sequence.request.params
-        output.token_ids.append(token)
         self.generated_tokens += 1
-        if logprobs is not None and output.logprobs is not None:
-            output.logprobs.append(logprobs)
-            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs[token].logprob
-        complete = sequence.row.grammar_ended
-        ends = token in sequence.row.stop_ids and (complete or len(output.token_ids) >= params.min_tokens)
-        if not ends:
-            sequence.detokenizer.push(token)
-        stopped_by = sequence.detokenizer.stopped_by
-        if ends:
-            self._finish(sequence, "stop", token if token in params.stop_ids else None)
-        elif stopped_by is not None or complete:
-            self._finish(sequence, "stop", stopped_by)
-        elif len(sequence) >= sequence.limit:
-            self._finish(sequence, "length", None)
-        else:
-            output.text = sequence.detokenizer.text
+        if sequence.take(token, logprobs):
+            self._retire(sequence)
 
     def _fail(self, request: Request, reason: str | None) -> None:
         """Ends a request that cannot go on, with all its completions that are not finished."""
@@ -293,15 +258,17 @@ class Engine:
             if not sequence.output.finished:
                 self._finish(sequence, "error", reason)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
-        output = sequence.output
-        sequence.detokenizer.finish()
-        output.text = sequence.detokenizer.text
-        output.finish_reason, output.stop_reason = reason, stop_reason
+    def _finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | None) -> None:
+        sequence.end(reason, stop_reason)
+        self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        """A sequence has ended: what it held is counted, kept for others where that makes sense, and given back."""
         sequence.request.metrics.finished_time = time.monotonic()
         if sequence.tables is not None:
             sequence.kv_bytes, sequence.kv_tokens = sequence.tables.nbytes, sequence.computed
-            if reason in ("stop", "length") and not isinstance(sequence.tables, StagedTables):
+            complete = sequence.output.finish_reason in ("stop", "length")
+            if complete and not isinstance(sequence.tables, StagedTables):
                 self._remember(sequence)
         self.scheduler.release(sequence)
 
@@ -319,6 +286,6 @@ class Engine:
 
     def _kv_usage(self, request: Request) -> KVUsage:
         """What the sequences of a request held when they ended."""
-        tokens = sum(s.kv_tokens for s in request.sequences)
-        elements = tokens * self._spec.kv_elements
-        return KVUsage(sum(s.kv_bytes for s in request.sequences), 2 * elements, tokens, elements)
+        sequences = request.sequences
+        tokens = sum(s.kv_tokens for s in sequences)
+        return KVUsage.of(sum(s.kv_bytes for s in sequences), tokens, self._spec.kv_elements)

@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 from torch import Tensor
 
+from kvfold.errors import PromptError
 from kvfold.kv.frame import Basis
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.staged import StagedLayout
@@ -41,6 +42,22 @@ class MethodLane:
         """What pages of this lane mean, for other workers."""
         method, layout = (blake2b(repr(x).encode(), digest_size=16).hexdigest() for x in (self.method, self.layout))
         return Identity(self.model, method, self.calibration, layout)
+
+    def context(self, length: int, marked: int | None) -> int:
+        """How many of a prompt's `length` tokens are read before the first event after the context.
+
+        marked: where the prompt says that its context ends. Raises PromptError where it should say so.
+        """
+        if self.method.compress == "prompt":
+            return length
+        if marked is None:
+            raise PromptError(
+                f"{self.label} compresses a context before the question is read, and this prompt marks none; "
+                'give the context apart ({"context": ..., "prompt": ...}, --context-file) or use compress="prompt"'
+            )
+        if not 0 < marked <= length:
+            raise PromptError(f"context={marked} is out of range; give 1 to the prompt's {length} tokens")
+        return marked
 
     @property
     def shared_bases(self) -> Sequence[Basis]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import Any, TypeVar
 
 from kvfold.engine.sequence import Sequence
-from kvfold.errors import ConfigError, MemoryLimitError, PromptError
+from kvfold.errors import ConfigError, MemoryLimitError
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import PagePool, PoolExhausted
 from kvfold.kv.prefix import PrefixIndex
@@ -65,12 +65,8 @@ class KVMemory:
         """The longest sequence up to `limit` tokens that all of the memory can hold."""
         return self.layouts[lane].longest(self.pool.n_pages, limit, self._chunk, context)
 
-    def check_prompt(self, lane: int, length: int, positions: int, context: int) -> None:
-        """Raises PromptError or MemoryLimitError for a prompt that can never be served."""
-        if length == 0:
-            raise PromptError("the prompt is empty; give at least one token")
-        if length >= positions:
-            raise PromptError(f"the prompt has {length} tokens, the model takes {positions - 1}; shorten the prompt")
+    def check_prompt(self, lane: int, length: int, context: int) -> None:
+        """Raises MemoryLimitError for a prompt that can never be served."""
         if length + 1 > self.longest(lane, length + 1, context):
             need = self.pages(lane, length + 1, context) * self.pool.page_bytes
             raise MemoryLimitError(

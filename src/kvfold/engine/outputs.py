@@ -35,6 +35,12 @@ class KVUsage:
     tokens: int = 0
     elements: int = 0
 
+    @classmethod
+    def of(cls, held: int, tokens: int, kv_elements: int) -> "KVUsage":
+        """kv_elements: of one token, as in `ModelSpec`."""
+        elements = tokens * kv_elements
+        return cls(held, 2 * elements, tokens, elements)
+
     @property
     def compression(self) -> float:
         """`dense_bytes / bytes`; 1.0 where nothing is held, so that it is always finite."""

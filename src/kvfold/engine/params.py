@@ -104,6 +104,10 @@ class SamplingParams:
         """The request's own stop token ids (the model's end of sequence is not among them)."""
         return frozenset(self.stop_token_ids or ())
 
+    def last_position(self, prompt: int, positions: int) -> int:
+        """Tokens, prompt and output, at which a completion ends in a model that takes so many positions."""
+        return positions if self.max_tokens is None else min(prompt + self.max_tokens, positions)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check every token id in the parameters against the model.
 

@@ -124,6 +124,17 @@ def list_conversations(messages: Messages | Sequence[Messages]) -> list[Messages
     return list(conversations)
 
 
+def check_ids(ids: Sequence[int], vocab: int, positions: int) -> None:
+    """Raises PromptError for a prompt that a model with so many tokens and positions cannot go on from."""
+    if not ids:
+        raise PromptError("the prompt is empty; give at least one token")
+    outside = [token for token in ids if not 0 <= token < vocab]
+    if outside:
+        raise PromptError(f"token id {outside[0]} is not in the vocabulary; give ids below {vocab}")
+    if len(ids) >= positions:
+        raise PromptError(f"the prompt has {len(ids)} tokens, the model takes {positions - 1}; shorten the prompt")
+
+
 def _is_conversation(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(m, Mapping) and "role" in m for m in value)
 

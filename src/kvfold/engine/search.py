@@ -7,8 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvfold.calibration.artifact import Artifact, write_atomically
+from kvfold.calibration.artifact import Artifact
 from kvfold.config.engine import EngineConfig
+from kvfold.config.files import write_atomically
 from kvfold.config.progress import SILENT, Progress
 from kvfold.engine.engine import Engine
 from kvfold.engine.lane import build_lane, cache_shape
@@ -89,7 +90,7 @@ def _read(path: Path, key: str) -> dict[float, float]:
 def _write(path: Path, key: str, known: dict[float, float]) -> None:
     curves = _curves(path) | {key: [asdict(Trial(bits, loss)) for bits, loss in sorted(known.items())]}
     # The result stands whether or not it can be kept: an artifact may lie in a folder of somebody else's.
-    with contextlib.suppress(CalibrationError):
+    with contextlib.suppress(OSError):
         write_atomically(path.with_suffix(".json"), json.dumps(curves, indent=1).encode())
 
 

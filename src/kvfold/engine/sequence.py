@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kvfold.engine.detokenizer import Detokenizer
-from kvfold.engine.outputs import CompletionOutput, Logprob, RequestMetrics
+from kvfold.engine.completion import Completion
+from kvfold.engine.detokenizer import TokenDecoder
+from kvfold.engine.outputs import Logprob, RequestMetrics
 from kvfold.engine.params import SamplingParams
 from kvfold.engine.row_state import RowState
 from kvfold.kv.staged_tables import StagedTables
@@ -47,18 +48,18 @@ class Request:
         return all(s.output.finished for s in self.sequences)
 
 
-@dataclass(eq=False)
-class Sequence:
-    """One completion of a request. `tables` is None while it waits; `tables.length` tokens are computed."""
+class Sequence(Completion):
+    """One completion of a request. `tables` is None while it waits; `tables.length` tokens are computed.
 
-    request: Request
-    row: RowState
-    detokenizer: Detokenizer
-    output: CompletionOutput
-    limit: int  # tokens, prompt and output, at which it ends
-    tables: PageTables | StagedTables | None = None
-    kv_bytes: int = 0  # held when it ended
-    kv_tokens: int = 0
+    Others as in `Completion`.
+    """
+
+    def __init__(self, request: Request, row: RowState, tokenizer: TokenDecoder, limit: int, index: int) -> None:
+        super().__init__(row, tokenizer, limit, index)
+        self.request = request
+        self.tables: PageTables | StagedTables | None = None
+        self.kv_bytes = 0  # held when it ended
+        self.kv_tokens = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -70,9 +71,6 @@ class Sequence:
         if start >= len(prompt):
             return self.output.token_ids[start - len(prompt) : start - len(prompt) + count]
         return prompt[start : start + count] + self.output.token_ids[: max(0, start + count - len(prompt))]
-
-    def __len__(self) -> int:
-        return len(self.request.prompt_token_ids) + len(self.output.token_ids)
 
     def resume(self, said: Iterable[int] | None) -> bool:
         """Goes on after these tokens of another engine (None: it ended there). False where nothing is left to say."""

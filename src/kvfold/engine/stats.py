@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,20 +38,20 @@ class WorkerStats:
     bytes on the wire, seconds that took; lost: caches that did not arrive. requests: that it works on."""
 
     name: str
-    role: str
-    up: bool = False
-    requests: int = 0
-    used_bytes: int = 0
-    kv_bytes: int = 0
-    offered: int = 0
-    offered_bytes: int = 0
-    expected: int = 0
-    arriving: int = 0
-    fetched: int = 0
-    fetched_bytes: int = 0
-    fetched_seconds: float = 0.0
-    lost: int = 0
-    restarts: int = 0
+    role: Literal["prefill", "decode"]
+    up: bool
+    requests: int
+    used_bytes: int
+    kv_bytes: int
+    offered: int
+    offered_bytes: int
+    expected: int
+    arriving: int
+    fetched: int
+    fetched_bytes: int
+    fetched_seconds: float
+    lost: int
+    restarts: int
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 from filelock import FileLock, Timeout
 
+from kvfold.config.files import write_atomically
 from kvfold.evaluation.errors import EvaluationError
 from kvfold.evaluation.records import Cell, Manifest, Placement, Record
 
@@ -153,14 +154,9 @@ def write(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """The file appears whole or not at all. Raises EvaluationError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")  # the lock sees to it that there is one writer
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, content)
     except OSError as error:
         raise _cannot_write(path, error) from error
 

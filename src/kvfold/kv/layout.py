@@ -108,6 +108,26 @@ class CacheLayout:
         """Slots of near pages in use."""
         return 0 if self.exact else min(length, self.sinks + self.ring)
 
+    def slot_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The slot of near pages that each position has for as long as it is near: sinks first, then a ring."""
+        ring = self.sinks + (positions - self.sinks) % max(self.ring, 1)
+        return np.where(positions < self.sinks, positions, ring)
+
+    def seen_near(self, queries: Tensor, rows: Tensor, window: int | None, keeps_sinks: bool) -> Tensor:
+        """Which rows each query sees in 16 bits: bool [..., Lq, n].
+
+        queries, rows: positions, int64 [..., Lq] and [..., n], -1 for no row. In an exact layout that is all rows up to
+        the query, as it is only asked about those that come with it.
+        """
+        at, keys = queries[..., None], rows[..., None, :]
+        mask = (keys >= 0) & (keys <= at)
+        if not self.exact:
+            mask &= (keys < self.sinks) | (keys >= self.sealed_each(queries + 1)[..., None])
+        if window is None:
+            return mask
+        inside = keys > at - window
+        return mask & (inside | (keys < self.sinks) if keeps_sinks else inside)
+
     def pages(self, length: int, start: int | None = None) -> int:
         """Pages held over all layers and heads with `length` tokens, of which those from `start` are being added."""
         last = -(-self.far_tokens(length) // self.capacity)

@@ -139,9 +139,8 @@ class PageTables:
     def near_slots(self, positions: Index, length: int) -> Index:
         """Near slot of each position once the cache holds `length` tokens; -1 for sealed ones."""
         layout = self.layout
-        ring = layout.sinks + (positions - layout.sinks) % max(layout.ring, 1)
-        slots = np.where(positions < layout.sinks, positions, ring)
-        return np.where((positions >= layout.sinks) & (positions < layout.sealed(length)), -1, slots)
+        sealed = (positions >= layout.sinks) & (positions < layout.sealed(length))
+        return np.where(sealed, -1, layout.slot_of(positions))
 
     def _writes(self, pool: PagePool, length: int) -> _Writes:
         layout = self.layout

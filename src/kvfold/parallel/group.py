@@ -13,6 +13,7 @@ from torch import Tensor
 from kvfold.attention.base import AttentionBackend
 from kvfold.attention.choose import choose_backend
 from kvfold.engine.lane import MethodLane
+from kvfold.engine.prompts import check_ids
 from kvfold.errors import MemoryLimitError, PromptError
 from kvfold.kv.pool import PagePool
 from kvfold.model.decoder import Decoder, Lane
@@ -182,15 +183,7 @@ class SequenceParallel:
 
     def _check(self, token_ids: Sequence[int], room: int) -> None:
         spec, layout, length = self._decoder.spec, self.layout, len(token_ids)
-        if not length:
-            raise PromptError("the prompt is empty; give at least one token")
-        if length >= spec.max_positions:
-            raise PromptError(
-                f"the prompt has {length} tokens, the model takes {spec.max_positions - 1}; shorten the prompt"
-            )
-        outside = [t for t in token_ids if not 0 <= t < spec.vocab]
-        if outside:
-            raise PromptError(f"token id {outside[0]} is not in the vocabulary; give ids below {spec.vocab}")
+        check_ids(token_ids, spec.vocab, spec.max_positions)
         for rank, pages in enumerate(self.pages):
             need = self.needed_pages(rank, length, min(length + room, spec.max_positions))
             if need > pages:

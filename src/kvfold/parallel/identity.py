@@ -1,12 +1,10 @@
 """What ranks must have in common before they exchange anything."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from kvfold import __version__
-from kvfold.calibration.artifact import Artifact, checksum
 from kvfold.parallel.errors import ParallelError
 from kvfold.parallel.wire import Wire
 
@@ -24,7 +22,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Identity:
-    """model: fingerprint of the weights; method: as users write it; calibration: digest of the artifact ("" without
+    """model: fingerprint of the weights; method: as users write it; calibration: its checksum ("" without
     one); numbers: dtypes of activations, weights and cache; exchange: variant and bits on the wire."""
 
     model: str
@@ -54,11 +52,3 @@ def check_alike(told: Sequence[dict[str, object]]) -> None:
             if each.get(name) != told[0].get(name):
                 theirs, ours = (str(x.get(name))[:40] or "none" for x in (each, told[0]))
                 raise ParallelError(f"rank {rank} has {name} {theirs!r} and rank 0 has {ours!r}; {remedy}")
-
-
-def calibration_digest(artifact: Artifact | None) -> str:
-    """Short hex digest of an artifact's content."""
-    if artifact is None:
-        return ""
-    header = json.dumps(asdict(artifact.header))
-    return hashlib.sha256(checksum(header, artifact.tensors).encode()).hexdigest()[:16]

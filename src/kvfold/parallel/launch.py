@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from kvfold.config.progress import SILENT, Progress
 from kvfold.parallel.errors import ParallelError
 from kvfold.parallel.group import SequenceParallel
+from kvfold.parallel.interface import listening_towards
 from kvfold.parallel.loading import Loaded, ParallelConfig, load, shared_threads
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -100,7 +101,8 @@ def _sequence_parallel(
 def _process_group(config: ParallelConfig, store: TCPStore, rank: int) -> Iterator[dist.ProcessGroup]:
     timeout = timedelta(seconds=config.timeout)
     try:
-        dist.init_process_group(config.backend, store=store, rank=rank, world_size=config.ranks, timeout=timeout)
+        with listening_towards(store.host, store.port):
+            dist.init_process_group(config.backend, store=store, rank=rank, world_size=config.ranks, timeout=timeout)
     except RuntimeError as error:
         raise ParallelError(
             f"not all {config.ranks} ranks came within {config.timeout:g} s; start all of them, or give a longer "
@@ -180,7 +182,10 @@ class _Followers:
 
     def _last_words(self, rank: int) -> str:
         lines = self._logs[rank - 1].read_text(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("kvfold: ") if lines else "it said nothing; look at the system's log"
+        if lines:
+            return lines[-1].removeprefix("kvfold: ")
+        status = self.processes[rank - 1].returncode
+        return f"it ended with status {status} and said nothing; look at the system's log"
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from kvfold.calibration.run import find_artifact
 from kvfold.config.progress import SILENT, Progress
 from kvfold.engine.lane import MethodLane, pack_lanes
 from kvfold.engine.llm import prepare_lane, resolve_dtypes
@@ -18,7 +17,7 @@ from kvfold.model.loading import LoadedModel, load_model
 from kvfold.model.packed import weight_bits
 from kvfold.parallel.errors import ParallelError
 from kvfold.parallel.fitting import check_wire_bits, positional_layout, staged_message
-from kvfold.parallel.identity import Identity, calibration_digest
+from kvfold.parallel.identity import Identity
 from kvfold.parallel.split import VARIANTS, Variant, shared_heads
 
 
@@ -82,11 +81,10 @@ def load(config: ParallelConfig, progress: Progress = SILENT) -> Loaded:
     path = None if config.calibration is None else Path(config.calibration)
     lane, _ = prepare_lane(model, config.kv, raw_bits, path, progress)
     shared_heads(positional_layout(lane).kv_heads, config.variant, config.ranks)
-    artifact = find_artifact(model, path, progress)[1] if method.needs_calibration else None
     [lane] = pack_lanes(model.decoder, [lane], weight_bits(config.weights))
     numbers = f"{compute}, weights {config.weights}, cache {raw_bits} bits".removeprefix("torch.")
     exchange = f"{config.variant}, {config.wire_bits} bits"
-    identity = Identity(model.fingerprint, config.kv, calibration_digest(artifact), numbers, exchange)
+    identity = Identity(model.fingerprint, config.kv, lane.calibration, numbers, exchange)
     return Loaded(model, lane, identity, raw_bits)
 
 

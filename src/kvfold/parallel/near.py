@@ -36,20 +36,10 @@ def attend_near(
             band = (rows < layout.sinks) | ((rows >= low) & (rows <= int(own[-1])))
             which = torch.from_numpy(np.flatnonzero(band))
             seen = torch.from_numpy(rows[band])
-            mask = near_mask(layout, layer, own, seen)[None, None]
+            mask = layout.seen_near(own, seen, layout.windows[layer], layout.keeps_sinks(layer))[None, None]
             keys, values = (x[which].permute(1, 2, 0)[None] for x in (k, v))
             grouped = q[part].unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)[None]
             result = merged(grouped, [Stored.plain(keys, values, mask)])
             found.out[part] = result.out[0].permute(2, 0, 1, 3).flatten(1, 2)
             found.lse[part] = result.lse[0].permute(2, 0, 1).flatten(1, 2)
     return found
-
-
-def near_mask(layout: CacheLayout, layer: int, queries: Tensor, rows: Tensor) -> Tensor:
-    """Which rows each query sees in 16 bits, both by position: bool [T, n]."""
-    window, at = layout.windows[layer], queries[:, None]
-    mask = (rows <= at) & ((rows < layout.sinks) | (rows >= layout.sealed_each(queries + 1)[:, None]))
-    if window is not None:
-        inside = rows > at - window
-        mask &= inside | (rows < layout.sinks) if layout.keeps_sinks(layer) else inside
-    return mask

@@ -113,7 +113,7 @@ class NearRows:
         """k, v: [n, G, d] at these positions."""
         if not len(positions) or not self._layout.near_pages:
             return
-        fmt, slots = self._layout.near, self._slots(positions)
+        fmt, slots = self._layout.near, torch.from_numpy(self._layout.slot_of(positions))
         pages = torch.from_numpy(self.tables[layer].astype(np.int64))[:, slots // fmt.capacity].T
         index = (slots % fmt.capacity)[:, None].expand_as(pages)
         write_blocks(self._pool.data, fmt, pages, index, encode(fmt, k.unsqueeze(-2), v.unsqueeze(-2)))
@@ -125,7 +125,7 @@ class NearRows:
             nothing = torch.empty(0, self._layout.kv_heads, fmt.head_dim)
             return nothing, nothing
         pages = torch.from_numpy(self.tables[layer].astype(np.int64))
-        slots = self._slots(positions)
+        slots = torch.from_numpy(self._layout.slot_of(positions))
         k, v = (x[..., slots].permute(2, 0, 1) for x in decode(fmt, read_blocks(self._pool.data, fmt, pages)))
         return k, v
 
@@ -136,11 +136,6 @@ class NearRows:
     def pages(self) -> Pages:
         held: Pages = self.tables[self.tables != NO_PAGE]
         return held
-
-    def _slots(self, positions: Index) -> Tensor:
-        layout = self._layout
-        ring = layout.sinks + (positions - layout.sinks) % max(layout.ring, 1)
-        return torch.from_numpy(np.where(positions < layout.sinks, positions, ring))
 
 
 def held_bytes(page_bytes: int, pages: int) -> int:

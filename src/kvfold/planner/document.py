@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from kvfold.config.files import write_atomically
 from kvfold.config.method import parse_method
 from kvfold.errors import ConfigError
 from kvfold.kv.layout import CacheLayout
@@ -119,10 +120,8 @@ def check_out(path: Path) -> None:
 
 def save_profile(profile: Profile, path: Path) -> None:
     """Writes a profile, whole or not at all. Raises ProfileError."""
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1))
-        os.replace(part, path)
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(profile), indent=1))
     except OSError as error:
         raise ProfileError(f"cannot write the profile {path}: {error.strerror}; give another --out") from error
 

@@ -1,8 +1,11 @@
 """The shapes of what the server says of itself, for /openapi.json."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, Field
+
+from kvfold.engine.stats import WorkerStats
 
 
 class State(BaseModel):
@@ -48,25 +51,10 @@ class Percentiles(BaseModel):
     p99: float | None
 
 
-class WorkerFigures(BaseModel):
+@dataclass(frozen=True)
+class WorkerFigures(WorkerStats):
     """One worker of a cluster. offered: caches that wait to be fetched from it; expected: those that wait for room;
     arriving: those on their way; fetched, lost: those that arrived and did not, ever."""
-
-    name: str
-    role: Literal["prefill", "decode"]
-    up: bool
-    requests: int
-    used_bytes: int
-    kv_bytes: int
-    offered: int
-    offered_bytes: int
-    expected: int
-    arriving: int
-    fetched: int
-    fetched_bytes: int
-    fetched_seconds: float
-    lost: int
-    restarts: int
 
 
 class Roles(BaseModel):
