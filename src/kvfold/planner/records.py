@@ -21,8 +21,9 @@ class Limits:
 class RequestRecord:
     """One request. Times are seconds since the first arrival; None: not reached before the simulation was ended.
 
-    output_tokens: fewer than the trace's where memory or the model's positions ended it. handed, pulled: when its pages
-    could be pulled and when they had been (disaggregated placements); wire_bytes: how many they were.
+    output_tokens: fewer than the trace's where memory or the model's positions ended it. handed, pulled: when the
+    prompt had been read and when all of its pages had been pulled (disaggregated placements); wire_bytes: how many bytes
+    they were.
     """
 
     index: int

@@ -31,8 +31,8 @@ class SimSequence:
     last: float | None = None
     prefill_worker: int = 0
     decode_worker: int = 0
-    handed: float | None = None  # when its pages could be pulled
-    pulled: float | None = None  # when they had been
+    handed: float | None = None  # when its prompt had been read
+    pulled: float | None = None  # when all of its pages had been
     wire_bytes: int = 0
     preemptions: int = 0
 
@@ -55,12 +55,17 @@ class SimMemory:
 
     def resize(self, sequence: SimSequence, pages: int) -> bool:
         """Makes a sequence hold so many pages. False, and nothing changes, where they are not there."""
-        more = pages - sequence.pages
-        if more > self.free:
+        taken = self.take(pages - sequence.pages)
+        if taken:
+            sequence.pages = pages
+        return taken
+
+    def take(self, pages: int) -> bool:
+        """Takes pages, or gives back where the number is below 0."""
+        if pages > self.free:
             return False
-        self.in_use += more
+        self.in_use += pages
         self.peak = max(self.peak, self.in_use)
-        sequence.pages = pages
         return True
 
 
@@ -70,7 +75,7 @@ class SimScheduler:
     def __init__(self, limits: EngineLimits, arithmetic: PageArithmetic, memory: SimMemory) -> None:
         self.waiting: deque[SimSequence] = deque()
         self.running: list[SimSequence] = []
-        self.incoming: list[SimSequence] = []  # pages being pulled, their memory taken
+        self.arriving = 0  # sequences whose pages are being pulled; their memory is taken
         self.preemptions = 0
         self.memory = memory
         self.arithmetic = arithmetic
@@ -105,6 +110,7 @@ class SimScheduler:
             count = self._count(entering, budget)
             if not self._reserve(entering, count):
                 self._preempt(entering)
+                self._refused, self._free_then = entering, self.memory.free
                 break
             scheduled.append((entering, count))
             budget -= count
@@ -112,15 +118,29 @@ class SimScheduler:
 
     @property
     def has_place(self) -> bool:
-        taken = len(self.running) + len(self.incoming)
-        return not taken or taken < self._limits.max_sequences
+        return len(self.running) < max(1, self._limits.max_sequences)
 
     def admits(self, sequence: SimSequence) -> bool:
         """Whether all that runs, and a sequence that holds nothing here, fit for a while; a lone one always runs."""
-        if not self.running and not self.incoming:
-            return True
-        promised = sum(max(0, self._wanted(s) - s.pages) for s in (*self.running, *self.incoming))
-        return promised + self._wanted(sequence) <= self.memory.free
+        return not self.running or self._promised() + self._wanted(sequence) <= self.memory.free
+
+    def expect(self, pages: int) -> bool:
+        """Takes the memory for a sequence that comes with its pages; False where it has to wait for that, or for a
+        place."""
+        if self.running or self.arriving:
+            taken = len(self.running) + self.arriving + 1
+            if taken > self._limits.max_sequences or self._promised() + pages > self.memory.free:
+                return False
+        if not self.memory.take(pages):
+            return False
+        self.arriving += 1
+        return True
+
+    def arrive(self, sequence: SimSequence, pages: int) -> None:
+        """An expected sequence is here: it runs."""
+        self.arriving -= 1
+        sequence.pages = pages
+        self.start(sequence)
 
     def start(self, sequence: SimSequence) -> None:
         sequence.running = True
@@ -143,10 +163,9 @@ class SimScheduler:
     def reconsider(self) -> None:
         self._refused = None
 
-    @property
-    def load(self) -> int:
-        """Pages held and pages that those who wait will want: what a router compares."""
-        return self.memory.in_use + sum(map(self._wanted, self.waiting))
+    def _promised(self) -> int:
+        """Pages that running sequences do not hold yet and will want."""
+        return sum(max(0, self._wanted(s) - s.pages) for s in self.running)
 
     def _wanted(self, sequence: SimSequence) -> int:
         return self.arithmetic.wanted(sequence.length, sequence.limit, sequence.computed, sequence.prompt)
