@@ -1,12 +1,13 @@
 """A cache that crosses from the worker that read the prompt to the one that answers: which part may leave when."""
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import simpy
 
 from kvfold.planner.latency import TransferCost
+from kvfold.planner.memory import Held
 from kvfold.planner.placement import Link
 from kvfold.planner.scheduler import SimSequence
 
@@ -17,15 +18,15 @@ FETCHES = 8
 @dataclass(eq=False)
 class Handover:
     """sizes: bytes of each part. ready: when each can leave, but for the last one, which goes with the sampled token
-    when `complete` has happened. source: who computed it; held: pages there; taken: pages where it goes."""
+    when `complete` has happened. source: who computed it; held: pages there; taken: where it goes."""
 
     sequence: SimSequence
     source: int
     sizes: tuple[int, ...]
     ready: tuple[float, ...]
     complete: simpy.Event
-    held: int = 0
-    taken: int = 0
+    held: Held = field(default_factory=Held)
+    taken: Held = field(default_factory=Held)
 
 
 def layers_ready(begin: float, seconds: float, parts: int) -> tuple[float, ...]:

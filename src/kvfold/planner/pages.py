@@ -32,6 +32,7 @@ class PageArithmetic:
         self._reserved = cache(self._count_reserved)
         self._most = cache(self._count_most)
         self._sent = cache(self._count_sent)
+        self.full = cache(self._count_full)
         self.longest = cache(self._longest)
 
     @property
@@ -90,6 +91,13 @@ class PageArithmetic:
         near = layout.near_slots(length) * layout.near.block_bytes
         used = (far + near).reshape(layout.layers, layout.kv_heads).sum(1)
         return tuple((used + FRAME_BYTES).tolist())
+
+    def _count_full(self, length: int) -> int:
+        """Pages of a prefix that nobody writes any more, and that all who go on from it share: full sealed ones."""
+        layout = self.layout
+        if self._windowed or not isinstance(layout, CacheLayout):
+            return 0
+        return int((layout.far_tokens(length) // layout.capacity).sum())
 
     def _count_most(self, length: int, compressed: bool, context: int) -> int:
         if isinstance(self.layout, StagedLayout) and compressed:

@@ -16,8 +16,10 @@ import simpy
 from kvfold.benchmark.trace import TraceRequest
 from kvfold.planner.document import EngineLimits, MethodProfile
 from kvfold.planner.handover import FETCHES, Handover, Wire, layers_ready
+from kvfold.planner.memory import Held
 from kvfold.planner.pages import PageArithmetic
 from kvfold.planner.placement import Link, Placement
+from kvfold.planner.prefix import name_prompts
 from kvfold.planner.records import Limits, RequestRecord, SimulationResult
 from kvfold.planner.routing import Router
 from kvfold.planner.scheduler import SimSequence
@@ -75,20 +77,24 @@ class _Simulation:
         self.pages = kv_memory // arithmetic.page_bytes
         self.readers = range(placement.prefill or placement.mixed)
         self.writers = range(placement.prefill, placement.workers)
-        self.router = Router(placement.workers)
+        self.router = Router(placement.workers, limits.prefix_block)
         self.wire = Wire(self.env, placement.workers, link, method.transfer)
         self.offered: dict[int, Handover] = {}  # by request, until the prompt is read
         self.asked: dict[int, deque[Handover]] = {n: deque() for n in self.writers}  # to be pulled
         engine = method.latency, limits, arithmetic, self.pages
         self.workers = [Worker(self.env, number, *engine, self) for number in range(placement.workers)]
         self.sequences = [self._sequence(i, request) for i, request in enumerate(requests)]
+        if limits.prefix_caching and arithmetic.layered and any(request.hash_ids for request in requests):
+            for sequence, name in zip(self.sequences, name_prompts(requests), strict=True):
+                sequence.name = name
 
     def result(self, prompts_read: bool) -> SimulationResult:
         self.env.process(self._arrive(self._enter_read if prompts_read else self._enter))
         self.env.run(until=self.over)
         complete = not self.left
         for worker in self.workers if complete else ():
-            if worker.memory.in_use or worker.scheduler.waiting or worker.scheduler.running:
+            worker.memory.forget()
+            if worker.memory.in_use or worker.memory.busy or worker.scheduler.waiting or worker.scheduler.running:
                 raise AssertionError(f"worker {worker.number} ends with {worker.memory.in_use} pages in use")
         ends = [s.last for s in self.sequences if s.last is not None]
         return SimulationResult(
@@ -145,7 +151,7 @@ class _Simulation:
         if worker.number in self.writers:
             return False
         handover = self.offered.pop(sequence.index, None) or self._offer(worker, sequence, 0.0)
-        handover.held, sequence.pages = sequence.pages, 0
+        handover.held, sequence.held = sequence.held, Held()
         sequence.handed = self.env.now
         handover.complete.succeed()
         return True
@@ -165,10 +171,11 @@ class _Simulation:
         queue = self.asked.get(worker.number)
         while queue and worker.scheduler.arriving < FETCHES:
             pages = self.arithmetic.held(queue[0].sequence.prompt, queue[0].sequence.prompt)
-            if not worker.scheduler.expect(pages):
+            taken = worker.scheduler.expect(pages)
+            if taken is None:
                 return
             handover = queue.popleft()
-            handover.taken = pages
+            handover.taken = taken
             self.env.process(self.wire.carry(handover, worker.number, partial(self._pulled, handover)))
 
     def _pulled(self, handover: Handover) -> None:
@@ -203,5 +210,15 @@ class _Simulation:
 
 
 def _record(s: SimSequence) -> RequestRecord:
-    times = (s.first, s.last, s.prefill_worker, s.decode_worker, s.handed, s.pulled, s.wire_bytes, s.preemptions)
+    times = (
+        s.first,
+        s.last,
+        s.prefill_worker,
+        s.decode_worker,
+        s.handed,
+        s.pulled,
+        s.wire_bytes,
+        s.preemptions,
+        s.cached,
+    )
     return RequestRecord(s.index, s.at, s.prompt, s.outputs, *times)

@@ -7,8 +7,9 @@ import simpy
 
 from kvfold.planner.document import EngineLimits
 from kvfold.planner.latency import LatencyModel, StepWork, chunk_squares
+from kvfold.planner.memory import Held, SimMemory
 from kvfold.planner.pages import PageArithmetic
-from kvfold.planner.scheduler import SimMemory, SimScheduler, SimSequence
+from kvfold.planner.scheduler import SimScheduler, SimSequence
 
 Step = list[tuple[SimSequence, int]]
 
@@ -59,14 +60,14 @@ class Worker:
         self.scheduler.waiting.append(sequence)
         self.rouse()
 
-    def receive(self, sequence: SimSequence, pages: int) -> None:
+    def receive(self, sequence: SimSequence, held: Held) -> None:
         """The pages of an expected sequence are here: it runs."""
-        self.scheduler.arrive(sequence, pages)
+        self.scheduler.arrive(sequence, held)
         self.rouse()
 
-    def give_back(self, pages: int) -> None:
+    def give_back(self, held: Held) -> None:
         """Pages of a sequence that another worker has pulled are free."""
-        self.memory.take(-pages)
+        self.memory.resize(held, 0)
         self.scheduler.reconsider()
         self.rouse()
 
@@ -103,6 +104,9 @@ class Worker:
         self.steps += 1
         for sequence, count in step:
             self.scheduler.advance(sequence, count)
+        for sequence, _ in step:
+            self.scheduler.snapshot(sequence)
+        for sequence, _ in step:
             if sequence.computed == sequence.length:
                 self._token(sequence)
 
@@ -114,6 +118,7 @@ class Worker:
             sequence.first = now
         if done:
             sequence.last = now
+            self.scheduler.remember(sequence)
             self.scheduler.leave(sequence)
             self.scheduler.free(sequence)
         elif sequence.generated == 1 and self._owner.read(self, sequence):
