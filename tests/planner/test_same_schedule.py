@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvfold.benchmark.trace import TraceRequest
 from kvfold.config.engine import EngineConfig
 from kvfold.engine.engine import Engine
 from kvfold.engine.lane import build_lane
@@ -31,7 +32,7 @@ def model(tiny_llama: Path) -> LoadedModel:
     return load_model(tiny_llama, dtype=torch.float32)
 
 
-def run_engine(engine: Engine, asked: Sizes) -> tuple[Steps, int]:
+def run_engine(engine: Engine, asked: Sizes, prompts: list[list[int]] | None = None) -> tuple[Steps, int]:
     """Tokens of each request in each step, and preemptions."""
     steps: Steps = []
     schedule = engine.scheduler.schedule
@@ -44,7 +45,7 @@ def run_engine(engine: Engine, asked: Sizes) -> tuple[Steps, int]:
     engine.scheduler.schedule = recorded  # type: ignore[method-assign, assignment]
     for index, (prompt, outputs) in enumerate(asked):
         # Texts that differ from the first token on: no prefix is shared.
-        ids = [(index + 3 + 5 * t) % 300 for t in range(prompt)]
+        ids = [(index + 3 + 5 * t) % 300 for t in range(prompt)] if prompts is None else prompts[index]
         params = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True)
         engine.add_request(ids, params, request_id=str(index))
     while engine.has_unfinished:
@@ -52,14 +53,16 @@ def run_engine(engine: Engine, asked: Sizes) -> tuple[Steps, int]:
     return [step for step in steps if step], engine.scheduler.preemptions
 
 
-def run_simulator(engine: Engine, limits: EngineLimits, asked: Sizes) -> tuple[Steps, int, int]:
+def run_simulator(
+    engine: Engine, limits: EngineLimits, asked: Sizes, known: list[TraceRequest] | None = None
+) -> tuple[Steps, int, int]:
     lane, pool = engine.lanes[0], engine.memory.pool
     sealed, staged = (lane.layout, None) if isinstance(lane.layout, CacheLayout) else (None, lane.layout)
     uneven = lane.staging is not None and lane.staging.policy.uneven
     method = MethodProfile(lane.label, LATENCY, FREE, sealed, staged, uneven)
     steps: Steps = []
     result = simulate(
-        requests(*((0.0, prompt, outputs) for prompt, outputs in asked)),
+        known or requests(*((0.0, prompt, outputs) for prompt, outputs in asked)),
         Placement(mixed=1),
         method,
         limits,

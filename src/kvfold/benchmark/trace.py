@@ -28,7 +28,7 @@ MOST_TOKENS = 2**31
 class TraceRequest:
     """One request of a trace.
 
-    at: seconds. input_tokens, output_tokens: at least 1. hash_ids: one id for each `BLOCK_TOKENS` tokens of the
+    at: seconds. input_tokens, output_tokens: at least 1. hash_ids: one id for each `block_tokens` tokens of the
     prompt (the last block may be shorter); equal ids mean equal text. Empty where the trace says nothing.
     """
 
@@ -36,6 +36,7 @@ class TraceRequest:
     input_tokens: int
     output_tokens: int
     hash_ids: tuple[int, ...] = ()
+    block_tokens: int = BLOCK_TOKENS
 
 
 def read_trace(path: Path, first: int = 0, count: int | None = None) -> list[TraceRequest]:

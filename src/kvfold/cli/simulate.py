@@ -129,6 +129,8 @@ def _table(title: str, summaries: list["Summary"], page_bytes: int) -> Table:
         add("peak KV memory", " ".join(format_bytes(pages * page_bytes) for pages in each.peak_pages))
         add("peak pages", " ".join(f"{pages:,}" for pages in each.peak_pages))
         add("preemptions", f"{each.preemptions:,}")
+        if any(s.cached_share for s in summaries):
+            add("prompt tokens cached", f"{each.cached_share:.1%}")
         if any(s.transfers for s in summaries):
             add("transfers", f"{each.transfers:,}")
             add("bytes sent", format_bytes(each.transfer_bytes))

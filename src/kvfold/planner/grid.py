@@ -16,11 +16,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Grid:
-    """cases; repetitions of the whole grid; steps: decoding steps that one repetition takes the mean of."""
+    """cases; repetitions of the whole grid; steps: decoding steps that one repetition takes the mean of, or up to
+    `most_steps` where work comes back every so many tokens."""
 
     cases: tuple[Case, ...]
     repetitions: int
     steps: int
+    most_steps: int
+
+    def spanning(self, period: int) -> int:
+        """Steps for a method that seals or compresses every `period` tokens: whole periods, so that the mean has its
+        share of such steps wherever a context's end falls among them. Periods above `most_steps` are not spanned."""
+        return self.steps if period > self.most_steps else -(-self.steps // period) * period
 
 
 def _reading(prompts: int, *lengths: int, held_out: bool = False) -> list[Case]:
@@ -47,6 +54,7 @@ FULL = Grid(
     ),
     repetitions=3,
     steps=8,
+    most_steps=64,
 )
 QUICK = Grid(
     (
@@ -59,12 +67,15 @@ QUICK = Grid(
     ),
     repetitions=2,
     steps=4,
+    most_steps=32,
 )
 
 
 def fit_grid(grid: Grid, positions: int) -> Grid:
     """The grid for a model that takes fewer positions: lengths are halved until they fit, and none comes twice."""
-    room = positions - grid.steps - 8
+    if positions < 4 * grid.most_steps:
+        grid = replace(grid, most_steps=grid.steps)
+    room = positions - grid.most_steps - 8
 
     def fitting(tokens: int) -> int:
         while tokens > room:

@@ -14,6 +14,7 @@ from kvfold.config.progress import SILENT, Progress
 from kvfold.engine.engine import Engine
 from kvfold.engine.params import SamplingParams
 from kvfold.engine.sequence import Sequence
+from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import NO_PAGE, PagePool, Pages
 from kvfold.kv.staged_tables import StagedTables
 from kvfold.kv.tables import PageTables
@@ -37,6 +38,11 @@ class Bench:
         self._vocab = vocab
         self._read: dict[tuple[int, int], Tables] = {}
         self._made = 0
+
+    def period(self, lane: int) -> int:
+        """Tokens between two steps of a decoding sequence that do more: seal a block, or decide what stays."""
+        layout = self.engine.lanes[lane].layout
+        return layout.seal if isinstance(layout, CacheLayout) else layout.every
 
     def prepare(self, lane: int, contexts: Seq[int], progress: Progress) -> None:
         """Reads one prompt of each length."""
@@ -143,7 +149,7 @@ def measure(
         for _ in range(grid.repetitions):
             rng.shuffle(turns)
             for lane, case in turns:
-                for step, (done, taken) in enumerate(bench.run(lane, case, grid.steps)):
+                for step, (done, taken) in enumerate(bench.run(lane, case, grid.spanning(bench.period(lane)))):
                     work[lane, case, step] = done
                     seconds[lane, case, step].append(taken)
                 advance(1)

@@ -2,10 +2,12 @@
 
 from functools import cache
 
+import numpy as np
+
 from kvfold.engine.memory import GROWTH
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.staged import StagedLayout
-from kvfold.kv.tables import ENTRY_BYTES
+from kvfold.kv.wire import FRAME_BYTES
 
 Layout = CacheLayout | StagedLayout
 
@@ -29,15 +31,27 @@ class PageArithmetic:
         self._held = cache(self._count_held)
         self._reserved = cache(self._count_reserved)
         self._most = cache(self._count_most)
+        self._sent = cache(self._count_sent)
+        self.full = cache(self._count_full)
         self.longest = cache(self._longest)
+
+    @property
+    def layered(self) -> bool:
+        """Whether layers may leave while later ones are computed."""
+        return self._staged is None
 
     def next_event(self, position: int, context: int) -> int | None:
         """Where a step must end at the latest."""
         return None if self._staged is None else self._staged.next_event(position, context)
 
+    def parts(self, length: int, context: int) -> tuple[int, ...]:
+        """Bytes of the parts that hand a sequence over: what its pages have in use, layer by layer. A staged layout's
+        are whole pages and one part, because nothing of it may leave before the event at the prompt's end."""
+        return self._sent(length, context if self._staged else 0)
+
     def wire_bytes(self, length: int, context: int) -> int:
-        """Bytes that hand a sequence over: its pages and its tables."""
-        return self.held(length, context) * (self.page_bytes + ENTRY_BYTES)
+        """Bytes that hand a sequence over."""
+        return sum(self.parts(length, context))
 
     def held(self, length: int, context: int) -> int:
         """Pages held between two steps with `length` tokens computed."""
@@ -65,6 +79,25 @@ class PageArithmetic:
             return self.layout.pages(length, start)
         spare = self.layout.heads * len(self.layout.coded) if self.layout.is_event(length, context) else 0
         return spare + self._in_stages(self.layout, self._last_event(self.layout, start, context), length, context)
+
+    def _count_sent(self, length: int, context: int) -> tuple[int, ...]:
+        layout = self.layout
+        if not isinstance(layout, CacheLayout):
+            return (self.held(length, context) * self.page_bytes + FRAME_BYTES,)
+        formats = [fmt for layer in layout.far for fmt in layer]
+        block, size = (np.array(x) for x in zip(*((f.block, f.block_bytes) for f in formats), strict=True))
+        gone = layout.live_rows(length) // layout.capacity * layout.capacity  # pages that every window left behind
+        far = -(-(layout.far_tokens(length) - gone) // block) * size
+        near = layout.near_slots(length) * layout.near.block_bytes
+        used = (far + near).reshape(layout.layers, layout.kv_heads).sum(1)
+        return tuple((used + FRAME_BYTES).tolist())
+
+    def _count_full(self, length: int) -> int:
+        """Pages of a prefix that nobody writes any more, and that all who go on from it share: full sealed ones."""
+        layout = self.layout
+        if self._windowed or not isinstance(layout, CacheLayout):
+            return 0
+        return int((layout.far_tokens(length) // layout.capacity).sum())
 
     def _count_most(self, length: int, compressed: bool, context: int) -> int:
         if isinstance(self.layout, StagedLayout) and compressed:

@@ -64,8 +64,8 @@ class Link:
     """Between any two workers. gbps: 10^9 bits per second, of each worker's own port in each direction; overhead:
     seconds per handover beside the bytes and the copying that the profile measured.
 
-    first_token: whether the client has the first token when the prompt is read ("prefill") or once the decode worker
-    has pulled it with the pages ("pull").
+    first_token: whether the client has the first token when the prompt is read ("prefill"), as kvfold's own router
+    gives it, or once the decode worker has pulled it with the pages ("pull").
     """
 
     gbps: float = 10.0

@@ -88,7 +88,8 @@ def _tokens(grid: Grid, methods: int) -> int:
     """Tokens of a dense cache that hold everything the grid has at one time."""
     kept = sum(context + NEAR for context in {case.context for case in grid.cases if case.batch})
     most = max(
-        case.batch * (case.context + grid.steps + NEAR) + case.prompts * (case.length + NEAR) for case in grid.cases
+        case.batch * (case.context + grid.most_steps + NEAR) + case.prompts * (case.length + NEAR)
+        for case in grid.cases
     )
     copied = max((case.context + NEAR for case in grid.cases), default=0)
     return methods * kept + most + copied

@@ -21,8 +21,9 @@ class Limits:
 class RequestRecord:
     """One request. Times are seconds since the first arrival; None: not reached before the simulation was ended.
 
-    output_tokens: fewer than the trace's where memory or the model's positions ended it. handed, pulled: when its pages
-    could be pulled and when they had been (disaggregated placements); wire_bytes: how many they were.
+    output_tokens: fewer than the trace's where memory or the model's positions ended it. handed, pulled: when the
+    prompt had been read and when all of its pages had been pulled (disaggregated placements); wire_bytes: what
+    crossed. cached_tokens: of the prompt, found in a prefix cache.
     """
 
     index: int
@@ -37,6 +38,7 @@ class RequestRecord:
     pulled: float | None = None
     wire_bytes: int = 0
     preemptions: int = 0
+    cached_tokens: int = 0
 
     @property
     def ttft(self) -> float | None:
@@ -85,7 +87,7 @@ class SimulationResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """Measures of a simulation; attainments are None without limits."""
+    """Measures of a simulation; attainments are None without limits. cached_share: of all prompt tokens."""
 
     requests: int
     rate: float
@@ -103,6 +105,7 @@ class Summary:
     transfer_seconds: Distribution | None
     preemptions: int
     steps: int
+    cached_share: float
 
 
 def summarize(result: SimulationResult, limits: Limits | None) -> Summary:
@@ -126,6 +129,7 @@ def summarize(result: SimulationResult, limits: Limits | None) -> Summary:
         distribution((r.pulled or 0) - (r.handed or 0) for r in moved),
         result.preemptions,
         result.steps,
+        sum(r.cached_tokens for r in records) / sum(r.input_tokens for r in records),
     )
 
 

@@ -1,21 +1,24 @@
 """The engine's scheduler over numbers of pages instead of pages: which tokens of which sequences run in a step.
 
 Rule for rule `kvfold.engine.scheduler.Scheduler`, which a test holds it to; what differs is that no token is known, so
-that no prefix is ever found.
+that prefixes are found by the names that a trace gives their blocks, if it does.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvfold.planner.document import EngineLimits
+from kvfold.planner.memory import Held, SimMemory
 from kvfold.planner.pages import PageArithmetic
+from kvfold.planner.prefix import PromptName
 
 
 @dataclass(eq=False, slots=True)
 class SimSequence:
     """A request on its way. `limit`: tokens, prompt and output, at which it ends on the worker it is on.
 
-    Times are seconds of the simulation. pages: held on the worker that it is on.
+    Times are seconds of the simulation. held: on the worker that it is on. name: of its prompt, where prefixes are
+    cached; cached: tokens of the prompt that were.
     """
 
     index: int
@@ -25,14 +28,16 @@ class SimSequence:
     limit: int
     generated: int = 0
     computed: int = 0
-    pages: int = 0
+    held: Held = field(default_factory=Held)
+    name: PromptName | None = None
+    cached: int = 0
     running: bool = False
     first: float | None = None
     last: float | None = None
     prefill_worker: int = 0
     decode_worker: int = 0
-    handed: float | None = None  # when its pages could be pulled
-    pulled: float | None = None  # when they had been
+    handed: float | None = None  # when its prompt had been read
+    pulled: float | None = None  # when all of its pages had been
     wire_bytes: int = 0
     preemptions: int = 0
 
@@ -40,28 +45,9 @@ class SimSequence:
     def length(self) -> int:
         return self.prompt + self.generated
 
-
-class SimMemory:
-    """Pages of one worker."""
-
-    def __init__(self, pages: int) -> None:
-        self.pages = pages
-        self.in_use = 0
-        self.peak = 0
-
     @property
-    def free(self) -> int:
-        return self.pages - self.in_use
-
-    def resize(self, sequence: SimSequence, pages: int) -> bool:
-        """Makes a sequence hold so many pages. False, and nothing changes, where they are not there."""
-        more = pages - sequence.pages
-        if more > self.free:
-            return False
-        self.in_use += more
-        self.peak = max(self.peak, self.in_use)
-        sequence.pages = pages
-        return True
+    def pages(self) -> int:
+        return self.held.pages
 
 
 class SimScheduler:
@@ -70,7 +56,7 @@ class SimScheduler:
     def __init__(self, limits: EngineLimits, arithmetic: PageArithmetic, memory: SimMemory) -> None:
         self.waiting: deque[SimSequence] = deque()
         self.running: list[SimSequence] = []
-        self.incoming: list[SimSequence] = []  # pages being pulled, their memory taken
+        self.arriving = 0  # sequences whose pages are being pulled; their memory is taken
         self.preemptions = 0
         self.memory = memory
         self.arithmetic = arithmetic
@@ -97,7 +83,7 @@ class SimScheduler:
             entering = self.waiting[0]
             if entering is self._refused or not self.has_place:
                 break
-            if not self.admits(entering):
+            if not self._admit(entering):
                 self._refused, self._free_then = entering, self.memory.free
                 break
             self.waiting.popleft()
@@ -105,6 +91,7 @@ class SimScheduler:
             count = self._count(entering, budget)
             if not self._reserve(entering, count):
                 self._preempt(entering)
+                self._refused, self._free_then = entering, self.memory.free
                 break
             scheduled.append((entering, count))
             budget -= count
@@ -112,15 +99,26 @@ class SimScheduler:
 
     @property
     def has_place(self) -> bool:
-        taken = len(self.running) + len(self.incoming)
-        return not taken or taken < self._limits.max_sequences
+        return len(self.running) < max(1, self._limits.max_sequences)
 
-    def admits(self, sequence: SimSequence) -> bool:
-        """Whether all that runs, and a sequence that holds nothing here, fit for a while; a lone one always runs."""
-        if not self.running and not self.incoming:
-            return True
-        promised = sum(max(0, self._wanted(s) - s.pages) for s in (*self.running, *self.incoming))
-        return promised + self._wanted(sequence) <= self.memory.free
+    def expect(self, pages: int) -> Held | None:
+        """Takes the memory for a sequence that comes with its pages; None where it has to wait for that, or for a
+        place."""
+        if self.running or self.arriving:
+            taken = len(self.running) + self.arriving + 1
+            if taken > self._limits.max_sequences or self._promised() + pages > self.memory.available:
+                return None
+        held = Held()
+        if not self.memory.resize(held, pages):
+            return None
+        self.arriving += 1
+        return held
+
+    def arrive(self, sequence: SimSequence, held: Held) -> None:
+        """An expected sequence is here: it runs."""
+        self.arriving -= 1
+        sequence.held = held
+        self.start(sequence)
 
     def start(self, sequence: SimSequence) -> None:
         sequence.running = True
@@ -129,7 +127,22 @@ class SimScheduler:
     def advance(self, sequence: SimSequence, count: int) -> None:
         """The tokens of a step are computed: what windows and events left behind is free again."""
         sequence.computed += count
-        self.memory.resize(sequence, self.arithmetic.held(sequence.computed, sequence.prompt))
+        self.memory.resize(sequence.held, self.arithmetic.held(sequence.computed, sequence.prompt))
+
+    def snapshot(self, sequence: SimSequence) -> None:
+        """Keeps a prompt at block boundaries and at its end."""
+        computed, prompt = sequence.computed, sequence.prompt
+        if computed == prompt or (computed % self._limits.prefix_block == 0 and computed < prompt):
+            self.remember(sequence)
+
+    def remember(self, sequence: SimSequence) -> None:
+        """Keeps what a sequence holds for others with the same beginning."""
+        if sequence.name is not None:
+            computed, key = sequence.computed, None
+            if computed <= sequence.prompt:
+                key = sequence.name.prefix(computed)
+            self.memory.snapshot(sequence.held, self.arithmetic.full(computed), key)
+            self.reconsider()
 
     def leave(self, sequence: SimSequence) -> None:
         """Takes a running sequence out, with its pages."""
@@ -137,16 +150,30 @@ class SimScheduler:
         self.running.remove(sequence)
 
     def free(self, sequence: SimSequence) -> None:
-        self.memory.resize(sequence, 0)
+        self.memory.resize(sequence.held, 0)
         self.reconsider()
 
     def reconsider(self) -> None:
         self._refused = None
 
-    @property
-    def load(self) -> int:
-        """Pages held and pages that those who wait will want: what a router compares."""
-        return self.memory.in_use + sum(map(self._wanted, self.waiting))
+    def _admit(self, sequence: SimSequence) -> bool:
+        """Gives a waiting sequence what is known of its beginning, if all that runs, and it, fit for a while; a lone
+        one always runs."""
+        if sequence.name is not None:
+            most = min(sequence.prompt, sequence.length - 1)  # the last token is computed for its logits
+            sequence.held, sequence.computed = self.memory.match(most, sequence.name.prefix)
+        more = max(0, self._wanted(sequence) - sequence.pages)
+        if self.running and self._promised() + more > self.memory.available:
+            self.memory.resize(sequence.held, 0)
+            sequence.computed = 0
+            return False
+        if sequence.first is None:
+            sequence.cached = sequence.computed
+        return True
+
+    def _promised(self) -> int:
+        """Pages that running sequences do not hold yet and will want."""
+        return sum(max(0, self._wanted(s) - s.pages) for s in self.running)
 
     def _wanted(self, sequence: SimSequence) -> int:
         return self.arithmetic.wanted(sequence.length, sequence.limit, sequence.computed, sequence.prompt)
@@ -164,7 +191,7 @@ class SimScheduler:
 
     def _reserve(self, sequence: SimSequence, count: int) -> bool:
         pages = self.arithmetic.reserved(sequence.computed, sequence.computed + count, sequence.prompt)
-        return self.memory.resize(sequence, max(pages, sequence.pages))
+        return self.memory.resize(sequence.held, max(pages, sequence.pages))
 
     def _make_room(self, sequence: SimSequence, count: int) -> bool:
         while not self._reserve(sequence, count):

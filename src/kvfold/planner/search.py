@@ -9,7 +9,7 @@ simulated as a whole before it counts.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import fmean
 
@@ -160,7 +160,7 @@ class Search:
         """Goodput of one worker that only reads prompts (TTFT counts) or only decodes (TPOT counts)."""
         method, limits, goal = self.profile.of(name), self.goal.limits, self.goal.attainment
         if prefill:
-            requests = [TraceRequest(r.at, r.input_tokens, 1) for r in self.requests]
+            requests = [replace(r, output_tokens=1) for r in self.requests]
             run = self.simulator(method, Placement(mixed=1), self.cluster.link)
             return find_goodput(requests, Goal(Limits(limits.ttft, math.inf), goal), run).rate
         run = self.simulator(method, Placement(prefill=1, decode=1), INSIDE, prompts_read=True)

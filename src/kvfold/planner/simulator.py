@@ -2,22 +2,28 @@
 
 A discrete-event simulation in the manner of DistServe's (arXiv 2401.09670, section 4). Where that one has transfers
 that cost nothing, a fixed decode memory and latencies tested apart, this one has bytes on a link, the layout's own
-pages, a decode side that pulls only what it has memory for, and prefill pages that stay until they have been pulled.
+pages, layers that leave while later ones are computed, a decode side that pulls only what it has memory for, and
+prefill pages that stay until they have been pulled.
 """
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import simpy
 
 from kvfold.benchmark.trace import TraceRequest
 from kvfold.planner.document import EngineLimits, MethodProfile
+from kvfold.planner.handover import FETCHES, Handover, Wire, layers_ready
+from kvfold.planner.memory import Held
 from kvfold.planner.pages import PageArithmetic
 from kvfold.planner.placement import Link, Placement
+from kvfold.planner.prefix import name_prompts
 from kvfold.planner.records import Limits, RequestRecord, SimulationResult
+from kvfold.planner.routing import Router
 from kvfold.planner.scheduler import SimSequence
-from kvfold.planner.worker import Worker
+from kvfold.planner.worker import Step, Worker
 from kvfold.planner.workload import check_memory
 
 Process = Generator[simpy.Event, Any, None]
@@ -32,7 +38,7 @@ def simulate(
     link: Link | None = None,
     *,
     stop_at: tuple[Limits, int] | None = None,
-    on_step: Callable[[int, float, list[tuple[SimSequence, int]]], None] | None = None,
+    on_step: Callable[[int, float, Step], None] | None = None,
     prompts_read: bool = False,
 ) -> SimulationResult:
     """What becomes of requests that arrive at their times.
@@ -60,37 +66,35 @@ class _Simulation:
         arithmetic: PageArithmetic,
         link: Link,
         stop_at: tuple[Limits, int] | None,
-        on_step: Callable[[int, float, list[tuple[SimSequence, int]]], None] | None,
+        on_step: Callable[[int, float, Step], None] | None,
     ) -> None:
         self.env = simpy.Environment()
         self.over = self.env.event()
         self.left = len(requests)
         self.missed: set[int] = set()
-        self.stop_at = stop_at
-        self.link, self.transfer, self.arithmetic = link, method.transfer, arithmetic
-        pages = kv_memory // arithmetic.page_bytes
-
-        def worker(number: int, after_prompt: Callable[[Worker, SimSequence], None] | None) -> Worker:
-            told = None if on_step is None else lambda step: on_step(number, self.env.now, step)
-            return Worker(self.env, number, method.latency, limits, arithmetic, pages, self._note, after_prompt, told)
-
-        self.mixed = [worker(n, None) for n in range(placement.mixed)]
-        self.prefill = [worker(n, self._hand_over) for n in range(placement.prefill)]
-        self.decode = [worker(placement.prefill + n, None) for n in range(placement.decode)]
-        self.workers = [*self.mixed, *self.prefill, *self.decode]
-        # A worker sends to one other at a time, and receives from one: its port has one rate each way.
-        self.ports = {w.number: simpy.Resource(self.env) for w in self.prefill}
-        self.handed: dict[int, deque[tuple[Worker, SimSequence]]] = {w.number: deque() for w in self.decode}
-        self.sequences = [self._sequence(i, request, pages) for i, request in enumerate(requests)]
+        self.stop_at, self.on_step = stop_at, on_step
+        self.link, self.arithmetic = link, arithmetic
+        self.pages = kv_memory // arithmetic.page_bytes
+        self.readers = range(placement.prefill or placement.mixed)
+        self.writers = range(placement.prefill, placement.workers)
+        self.router = Router(placement.workers, limits.prefix_block)
+        self.wire = Wire(self.env, placement.workers, link, method.transfer)
+        self.offered: dict[int, Handover] = {}  # by request, until the prompt is read
+        self.asked: dict[int, deque[Handover]] = {n: deque() for n in self.writers}  # to be pulled
+        engine = method.latency, limits, arithmetic, self.pages
+        self.workers = [Worker(self.env, number, *engine, self) for number in range(placement.workers)]
+        self.sequences = [self._sequence(i, request) for i, request in enumerate(requests)]
+        if limits.prefix_caching and arithmetic.layered and any(request.hash_ids for request in requests):
+            for sequence, name in zip(self.sequences, name_prompts(requests), strict=True):
+                sequence.name = name
 
     def result(self, prompts_read: bool) -> SimulationResult:
         self.env.process(self._arrive(self._enter_read if prompts_read else self._enter))
-        for worker in self.decode:
-            self.env.process(self._pull(worker))
         self.env.run(until=self.over)
         complete = not self.left
         for worker in self.workers if complete else ():
-            if worker.memory.in_use or worker.scheduler.waiting or worker.scheduler.running:
+            worker.memory.forget()
+            if worker.memory.in_use or worker.memory.busy or worker.scheduler.waiting or worker.scheduler.running:
                 raise AssertionError(f"worker {worker.number} ends with {worker.memory.in_use} pages in use")
         ends = [s.last for s in self.sequences if s.last is not None]
         return SimulationResult(
@@ -103,15 +107,11 @@ class _Simulation:
             complete,
         )
 
-    def _sequence(self, index: int, request: TraceRequest, pages: int) -> SimSequence:
+    def _sequence(self, index: int, request: TraceRequest) -> SimSequence:
         # As the engine does it: an output that all of the memory could not hold is cut.
         whole = request.input_tokens + request.output_tokens
-        limit = self.arithmetic.longest(pages, whole, request.input_tokens)
-        outputs = limit - request.input_tokens
-        # A prefill worker generates one token.
-        return SimSequence(
-            index, request.at, request.input_tokens, outputs, request.input_tokens + 1 if self.prefill else limit
-        )
+        limit = self.arithmetic.longest(self.pages, whole, request.input_tokens)
+        return SimSequence(index, request.at, request.input_tokens, limit - request.input_tokens, limit)
 
     def _arrive(self, enter: Callable[[SimSequence], None]) -> Process:
         for sequence in sorted(self.sequences, key=lambda s: s.at):
@@ -120,52 +120,80 @@ class _Simulation:
             enter(sequence)
 
     def _enter(self, sequence: SimSequence) -> None:
-        worker = _least_loaded(self.mixed or self.prefill)
-        sequence.prefill_worker = sequence.decode_worker = worker.number
-        worker.add(sequence)
+        self._assign(sequence).add(sequence)
+
+    def _assign(self, sequence: SimSequence) -> Worker:
+        number = self.router.reader(sequence, self.readers)
+        sequence.prefill_worker = sequence.decode_worker = number
+        return self.workers[number]
 
     def _enter_read(self, sequence: SimSequence) -> None:
         sequence.computed, sequence.generated, sequence.first = sequence.prompt, 1, self.env.now
+        source = self._assign(sequence)
         if sequence.outputs == 1:
             sequence.last = self.env.now
         else:
-            self._hand_over(self.prefill[0], sequence)
-        self._note(sequence)
+            self.read(source, sequence)
+        self.note(sequence)
 
-    def _hand_over(self, source: Worker, sequence: SimSequence) -> None:
-        """A prompt has been read: a decode worker is to pull it, and until then its pages stay."""
-        target = _least_loaded(self.decode, lambda w: sum(s.pages for _, s in self.handed[w.number]))
+    def begins(self, worker: Worker, step: Step, seconds: float) -> None:
+        """Prompts that a step completes are offered as it begins: layers leave while later ones are computed."""
+        if self.on_step is not None:
+            self.on_step(worker.number, self.env.now, step)
+        if worker.number in self.writers or not self.arithmetic.layered:
+            return
+        for sequence, count in step:
+            if sequence.computed + count == sequence.prompt and sequence.outputs > 1:
+                self.offered[sequence.index] = self._offer(worker, sequence, seconds)
+
+    def read(self, worker: Worker, sequence: SimSequence) -> bool:
+        """Pages stay on a prefill worker until they have been pulled."""
+        if worker.number in self.writers:
+            return False
+        handover = self.offered.pop(sequence.index, None) or self._offer(worker, sequence, 0.0)
+        handover.held, sequence.held = sequence.held, Held()
         sequence.handed = self.env.now
-        sequence.limit = sequence.prompt + sequence.outputs
-        sequence.decode_worker = target.number
-        self.handed[target.number].append((source, sequence))
-        target.notify()
+        handover.complete.succeed()
+        return True
 
-    def _pull(self, worker: Worker) -> Process:
-        """Brings what was handed over to a decode worker, in order, as soon as it has memory and place."""
-        queue = self.handed[worker.number]
-        while True:
-            while not queue or not worker.can_take(queue[0][1]):
-                yield worker.changed()
-            source, sequence = queue.popleft()
-            source_pages, sequence.pages = sequence.pages, 0
-            worker.expect(sequence)
-            with self.ports[source.number].request() as port:
-                yield port
-                sequence.wire_bytes = self.arithmetic.wire_bytes(sequence.computed, sequence.prompt)
-                size = sequence.wire_bytes
-                yield self.env.timeout(self.link.seconds(size) + self.transfer.seconds(size))
-            source.give_back(source_pages)
-            sequence.pulled = self.env.now
-            if self.link.first_token == "pull":
-                sequence.first = self.env.now
-                self._check(sequence)
-            worker.receive(sequence)
+    def _offer(self, source: Worker, sequence: SimSequence, seconds: float) -> Handover:
+        sizes = self.arithmetic.parts(sequence.prompt, sequence.prompt)
+        ready = layers_ready(self.env.now, seconds, len(sizes))
+        handover = Handover(sequence, source.number, sizes, ready, self.env.event())
+        sequence.wire_bytes = sum(sizes)
+        sequence.decode_worker = self.router.writer(sequence, self.writers)
+        self.asked[sequence.decode_worker].append(handover)
+        self.workers[sequence.decode_worker].rouse()
+        return handover
 
-    def _note(self, sequence: SimSequence) -> None:
+    def between(self, worker: Worker) -> None:
+        """Begins to pull what there is room for, first come, first served."""
+        queue = self.asked.get(worker.number)
+        while queue and worker.scheduler.arriving < FETCHES:
+            pages = self.arithmetic.held(queue[0].sequence.prompt, queue[0].sequence.prompt)
+            taken = worker.scheduler.expect(pages)
+            if taken is None:
+                return
+            handover = queue.popleft()
+            handover.taken = taken
+            self.env.process(self.wire.carry(handover, worker.number, partial(self._pulled, handover)))
+
+    def _pulled(self, handover: Handover) -> None:
+        sequence = handover.sequence
+        self.workers[handover.source].give_back(handover.held)
+        self.router.done(sequence, handover.source)
+        sequence.pulled = self.env.now
+        if self.link.first_token == "pull":
+            sequence.first = self.env.now
+            self._check(sequence)
+        self.workers[sequence.decode_worker].receive(sequence, handover.taken)
+
+    def note(self, sequence: SimSequence) -> None:
         """A first or a last token has come."""
-        self.left -= sequence.last is not None
-        if sequence.last is not None or not self.prefill or self.link.first_token == "prefill":
+        if sequence.last is not None:
+            self.left -= 1
+            self.router.done(sequence, sequence.decode_worker)
+        if sequence.last is not None or sequence.handed is None or self.link.first_token == "prefill":
             self._check(sequence)
         if not self.left and not self.over.triggered:
             self.over.succeed()
@@ -181,11 +209,16 @@ class _Simulation:
             self.over.succeed()
 
 
-def _least_loaded(workers: Sequence[Worker], also: Callable[[Worker], int] = lambda _: 0) -> Worker:
-    """By bytes held and waited for; the first of equals."""
-    return workers[0] if len(workers) == 1 else min(workers, key=lambda w: w.scheduler.load + also(w))
-
-
 def _record(s: SimSequence) -> RequestRecord:
-    times = (s.first, s.last, s.prefill_worker, s.decode_worker, s.handed, s.pulled, s.wire_bytes, s.preemptions)
+    times = (
+        s.first,
+        s.last,
+        s.prefill_worker,
+        s.decode_worker,
+        s.handed,
+        s.pulled,
+        s.wire_bytes,
+        s.preemptions,
+        s.cached,
+    )
     return RequestRecord(s.index, s.at, s.prompt, s.outputs, *times)

@@ -1,21 +1,41 @@
 """One simulated engine: it schedules a step, takes as long as the latency model says, and tokens have come."""
 
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Generator
+from typing import Any, Protocol
 
 import simpy
 
 from kvfold.planner.document import EngineLimits
 from kvfold.planner.latency import LatencyModel, StepWork, chunk_squares
+from kvfold.planner.memory import Held, SimMemory
 from kvfold.planner.pages import PageArithmetic
-from kvfold.planner.scheduler import SimMemory, SimScheduler, SimSequence
+from kvfold.planner.scheduler import SimScheduler, SimSequence
 
 Step = list[tuple[SimSequence, int]]
 
 
+class Owner(Protocol):
+    """Who hears of what a worker does."""
+
+    def between(self, worker: "Worker") -> None:
+        """The next step is about to be scheduled."""
+        ...
+
+    def begins(self, worker: "Worker", step: Step, seconds: float) -> None:
+        """A step begins, and how long it takes."""
+        ...
+
+    def read(self, worker: "Worker", sequence: SimSequence) -> bool:
+        """A prompt is read and has its first token, not its last. Whether another worker goes on with it."""
+        ...
+
+    def note(self, sequence: SimSequence) -> None:
+        """A first or a last token has come."""
+        ...
+
+
 class Worker:
-    """note: is told each sequence's first and last token. after_prompt: takes a sequence that has its first token and
-    wants more, pages and all (None: it goes on here). told: hears of every step as it begins."""
+    """`number` is its place among all workers."""
 
     def __init__(
         self,
@@ -25,73 +45,48 @@ class Worker:
         limits: EngineLimits,
         arithmetic: PageArithmetic,
         pages: int,
-        note: Callable[[SimSequence], None],
-        after_prompt: Callable[["Worker", SimSequence], None] | None,
-        told: Callable[[Step], None] | None,
+        owner: Owner,
     ) -> None:
         self.number = number
         self.steps = 0
         self.memory = SimMemory(pages)
         self.scheduler = SimScheduler(limits, arithmetic, self.memory)
-        self._env, self._latency, self._arithmetic = env, latency, arithmetic
-        self._note, self._after_prompt, self._told = note, after_prompt, told
+        self._env, self._latency, self._arithmetic, self._owner = env, latency, arithmetic, owner
         self._wake = env.event()
-        self._changed = env.event()
         env.process(self._run())
 
     def add(self, sequence: SimSequence) -> None:
         """A request arrives."""
         self.scheduler.waiting.append(sequence)
-        self._rouse()
+        self.rouse()
 
-    def can_take(self, sequence: SimSequence) -> bool:
-        """Whether there is memory and place for a sequence that comes with its pages; who was preempted goes first."""
-        scheduler = self.scheduler
-        need = self._arithmetic.held(sequence.computed, sequence.prompt)
-        return not scheduler.waiting and scheduler.has_place and need <= self.memory.free and scheduler.admits(sequence)
-
-    def expect(self, sequence: SimSequence) -> None:
-        """Takes the memory for a sequence that `can_take` allowed."""
-        self.memory.resize(sequence, self._arithmetic.held(sequence.computed, sequence.prompt))
-        self.scheduler.incoming.append(sequence)
-
-    def receive(self, sequence: SimSequence) -> None:
+    def receive(self, sequence: SimSequence, held: Held) -> None:
         """The pages of an expected sequence are here: it runs."""
-        self.scheduler.incoming.remove(sequence)
-        self.scheduler.start(sequence)
-        self._rouse()
+        self.scheduler.arrive(sequence, held)
+        self.rouse()
 
-    def give_back(self, pages: int) -> None:
+    def give_back(self, held: Held) -> None:
         """Pages of a sequence that another worker has pulled are free."""
-        self.memory.in_use -= pages
+        self.memory.resize(held, 0)
         self.scheduler.reconsider()
-        self._rouse()
+        self.rouse()
 
-    def changed(self) -> simpy.Event:
-        """Happens when memory may have become free here, or `notify` was called."""
-        if self._changed.triggered:
-            self._changed = self._env.event()
-        return self._changed
-
-    def notify(self) -> None:
-        if not self._changed.triggered:
-            self._changed.succeed()
-
-    def _rouse(self) -> None:
+    def rouse(self) -> None:
+        """There may be something to do."""
         if not self._wake.triggered:
             self._wake.succeed()
 
     def _run(self) -> Generator[simpy.Event, Any, None]:
         while True:
+            self._owner.between(self)
             step = self.scheduler.schedule()
             if not step:
-                self.notify()
                 self._wake = self._env.event()
                 yield self._wake
                 continue
-            if self._told is not None:
-                self._told(step)
-            yield self._env.timeout(self._latency.seconds(self._work(step)))
+            seconds = self._latency.seconds(self._work(step))
+            self._owner.begins(self, step, seconds)
+            yield self._env.timeout(seconds)
             self._finish(step)
 
     def _work(self, step: Step) -> StepWork:
@@ -107,13 +102,13 @@ class Worker:
 
     def _finish(self, step: Step) -> None:
         self.steps += 1
-        free = self.memory.free
         for sequence, count in step:
             self.scheduler.advance(sequence, count)
+        for sequence, _ in step:
+            self.scheduler.snapshot(sequence)
+        for sequence, _ in step:
             if sequence.computed == sequence.length:
                 self._token(sequence)
-        if self.memory.free > free:
-            self.notify()
 
     def _token(self, sequence: SimSequence) -> None:
         sequence.generated += 1
@@ -123,10 +118,10 @@ class Worker:
             sequence.first = now
         if done:
             sequence.last = now
+            self.scheduler.remember(sequence)
             self.scheduler.leave(sequence)
             self.scheduler.free(sequence)
-        elif self._after_prompt is not None:
+        elif sequence.generated == 1 and self._owner.read(self, sequence):
             self.scheduler.leave(sequence)
-            self._after_prompt(self, sequence)
         if done or sequence.generated == 1:
-            self._note(sequence)
+            self._owner.note(sequence)

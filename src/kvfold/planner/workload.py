@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvfold.benchmark.lengths import fit_context, scaled
-from kvfold.benchmark.trace import TraceRequest, read_trace
+from kvfold.benchmark.trace import BLOCK_TOKENS, TraceRequest, read_trace
 from kvfold.config.size import format_bytes
 from kvfold.planner.errors import PlacementError
 from kvfold.planner.pages import PageArithmetic
@@ -17,6 +17,8 @@ def load_requests(
     trace: Path, positions: int, *, first: int = 0, count: int | None = None, lengths_scale: float = 1.0
 ) -> tuple[list[TraceRequest], int]:
     """Requests of a trace, and how many of them were cut to the model's positions.
+
+    Where lengths are scaled, so are the blocks that prompts share, as `kvfold bench serve` scales them.
 
     Raises TraceError, PlacementError.
     """
@@ -30,7 +32,9 @@ def load_requests(
         wanted = scaled(request.input_tokens, lengths_scale), scaled(request.output_tokens, lengths_scale)
         prompt, outputs = fit_context(*wanted, positions)
         cut += (prompt, outputs) != wanted
-        requests.append(TraceRequest(request.at, prompt, outputs))
+        requests.append(
+            TraceRequest(request.at, prompt, outputs, request.hash_ids, scaled(BLOCK_TOKENS, lengths_scale))
+        )
     return requests, cut
 
 
