@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from kvfold.cluster.reason import first_line
 from kvfold.cluster.tcp import Doorway, receive
 from kvfold.cluster.transport import Lookup, checked, expected_size, outgoing_parts
 from kvfold.engine.handover import Part
@@ -45,7 +46,7 @@ class GlooTransport(Doorway):
                         group.send([torch.frombuffer(data, dtype=torch.uint8)], RECEIVER, 0).wait()
             receive(peer, 1)  # the group must last until everything has arrived
         except RuntimeError as error:  # gloo's way to say that the other side is gone
-            raise TransferError(f"gloo failed ({_first_line(error)}); try again") from error
+            raise TransferError(f"gloo failed ({first_line(error)}); try again") from error
 
     def fetch(self, address: str, request_id: str, sizes: Sequence[int]) -> Iterator[Part]:
         """See `Transport.fetch`."""
@@ -63,7 +64,7 @@ class GlooTransport(Doorway):
         except OSError as error:
             raise self.explain(address, error) from error
         except RuntimeError as error:
-            raise TransferError(f"gloo failed ({_first_line(error)}); try again") from error
+            raise TransferError(f"gloo failed ({first_line(error)}); try again") from error
 
     def _meet(self, store: Any, rank: int) -> Any:
         """The group of two. gloo would listen where this machine's name leads to, which others may not reach."""
@@ -78,7 +79,3 @@ class GlooTransport(Doorway):
             group.recv([data], SENDER, 0).wait()
         found: Part = data.numpy()
         return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

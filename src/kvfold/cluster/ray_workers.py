@@ -1,6 +1,5 @@
 """Workers as Ray actors: where they run, how they are started, how their end is noticed."""
 
-import logging
 import os
 import secrets
 import socket
@@ -16,10 +15,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from kvfold.cluster.members import WorkerGone
 from kvfold.cluster.options import ClusterOptions
 from kvfold.cluster.ray_objects import NAMESPACE
+from kvfold.cluster.reason import first_line
 from kvfold.cluster.worker import Worker
 from kvfold.errors import ClusterError
-
-log = logging.getLogger("kvfold.cluster")
 
 # Ray reports to its makers, runs workers at low priority and waits a minute for a head node, unless told otherwise.
 _ENVIRONMENT = {
@@ -82,7 +80,7 @@ class RayWorkers:
                     time.sleep(1)
                     continue
                 where = f"no Ray cluster answers at {address}" if address else "Ray cannot be started here"
-                raise ClusterError(f"{where} ({_first_line(error)}); check --ray-address") from error
+                raise ClusterError(f"{where} ({first_line(error)}); check --ray-address") from error
         self.threads = self._threads()
         self._group = self._reserve()
 
@@ -153,8 +151,4 @@ async def _or_gone(reference: Awaitable[Any]) -> Any:
     try:
         return await reference
     except RayError as error:
-        raise WorkerGone(_first_line(error)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise WorkerGone(first_line(error)) from error

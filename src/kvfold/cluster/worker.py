@@ -54,11 +54,10 @@ class Worker:
         self._outbox: dict[str, Outgoing] = {}
         self._inbox = Inbox(self._deliver)
 
-    async def start(self) -> int:
-        """Begins to load the model; events tell how it goes. Returns the process id."""
+    async def start(self) -> None:
+        """Begins to load the model; events tell how it goes."""
         self._loop, self._there = asyncio.get_running_loop(), asyncio.Event()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
-        return os.getpid()
 
     async def send(self, command: bytes) -> None:
         """Takes a command."""
