@@ -1,5 +1,6 @@
 """`kvfold cluster`: Ray on this machine, and what the workers of a running server do."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,9 @@ def _ray(*arguments: str) -> None:
     command = Path(sys.executable).with_name("ray")
     if not command.exists():
         raise ClusterError("clusters need Ray, which is not installed; run `pip install 'kvfold[cluster]'`")
-    done = subprocess.run([str(command), *arguments], capture_output=True, text=True, check=False)
+    # Ray's server for ray:// addresses starts others while its own gRPC runs, which gRPC's fork handlers can break.
+    own = {"GRPC_ENABLE_FORK_SUPPORT": "0"} | os.environ
+    done = subprocess.run([str(command), *arguments], capture_output=True, text=True, env=own, check=False)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no reason given"]
         raise ClusterError(f"`ray {arguments[0]}` failed: {lines[-1]}; end what runs with `kvfold cluster down`")

@@ -81,6 +81,8 @@ def serve(
         cluster = ClusterOptions(prefill, decode, transport, ray_address, threads, link_gbps, stall_seconds)
         if importlib.util.find_spec("ray") is None:
             raise ConfigError("workers need Ray, which is not installed; run `pip install 'kvfold[cluster]'`")
+        if (ray_address or "").startswith("ray://") and importlib.util.find_spec("grpc") is None:
+            raise ConfigError("ray:// needs grpcio, which is not installed; run `pip install 'kvfold[cluster]'`")
     elif ray_address is not None or link_gbps is not None:
         raise ConfigError("--ray-address and --link-gbps are for workers; give --prefill-workers and --decode-workers")
     memory, body = parse_bytes(kv_memory), parse_bytes(max_body)
