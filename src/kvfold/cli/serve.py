@@ -54,7 +54,9 @@ def serve(
     seed: Annotated[int, typer.Option(help="For requests without their own.")] = 0,
     prefill_workers: Annotated[int | None, typer.Option(help="Workers that only read prompts.")] = None,
     decode_workers: Annotated[int | None, typer.Option(help="Workers that give the answers.")] = None,
-    transport: Annotated[str, typer.Option(help="What carries KV pages between workers: tcp, ray or gloo.")] = "tcp",
+    transport: Annotated[
+        str, typer.Option(help="What carries KV pages between workers: tcp, ray, gloo or nccl.")
+    ] = "tcp",
     ray_address: Annotated[
         str | None,
         typer.Option(help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT."),

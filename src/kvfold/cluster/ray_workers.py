@@ -20,8 +20,8 @@ from kvfold.cluster.reason import first_line
 from kvfold.cluster.worker import Worker
 from kvfold.errors import ClusterError
 
-# Unless told otherwise, Ray reports to its makers, runs workers at low priority, and waits a minute for a head node that
-# was there, half of one with Ray Client.
+# Unless told otherwise, Ray reports to its makers, runs workers at low priority, and waits a minute for a head node,
+# half of one with Ray Client.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
@@ -95,7 +95,13 @@ class RayWorkers:
         unique = f"{name}.{os.getpid()}.{self._starts}"
         place = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=number)
         remote: Any = ray.remote(Worker)
-        actor = remote.options(name=unique, num_cpus=self.threads, scheduling_strategy=place, max_concurrency=64)
+        actor = remote.options(
+            name=unique,
+            num_cpus=self.threads,
+            num_gpus=cluster.gpus or None,
+            scheduling_strategy=place,
+            max_concurrency=64,
+        )
         options = {**self._options, "threads": self.threads}
         transport = (cluster.transport, self._secret, cluster.link_gbps, cluster.stall_seconds)
         made = actor.remote(unique, options, *transport)
@@ -124,7 +130,15 @@ class RayWorkers:
                 f"{count} workers of {threads} threads need {wanted} cores and the Ray cluster has {there}; "
                 "ask for fewer workers or threads, or add nodes"
             )
-        group: PlacementGroup = placement_group([{"CPU": float(threads)}] * count, strategy="SPREAD")
+        gpus, gpus_there = count * self._cluster.gpus, int(ray.cluster_resources().get("GPU", 0))
+        if gpus > gpus_there:
+            ray.shutdown()
+            raise ClusterError(
+                f"--transport nccl wants a GPU for each of {count} workers and the Ray cluster has {gpus_there}; "
+                "choose --transport tcp, or add GPUs"
+            )
+        bundle = {"CPU": float(threads), **({"GPU": float(self._cluster.gpus)} if gpus else {})}
+        group: PlacementGroup = placement_group([bundle] * count, strategy="SPREAD")
         if not group.wait(PLACE_SECONDS):
             free = ray.available_resources().get("CPU", 0)
             ray.shutdown()
