@@ -12,45 +12,18 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.serving import serving
+
 NEW = 24  # tokens of each answer
 SECONDS = 300.0
-
-
-@contextmanager
-def serving(model: str, methods: list[str], *options: str) -> Iterator[httpx.Client]:
-    """A client of a server that is ready."""
-    kv = [part for method in methods for part in ("--kv", method)]
-    kvfold = str(Path(sys.executable).with_name("kvfold"))
-    command = [kvfold, "serve", "--model", model, "--port", "8765", "--kv-memory", "2GiB", *kv, *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        with httpx.Client(base_url="http://127.0.0.1:8765", timeout=SECONDS) as client:
-            while not _ready(client):
-                if process.poll() is not None:
-                    raise SystemExit(f"the server ended: {' '.join(command)}")
-                time.sleep(0.5)
-            yield client
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _ready(client: httpx.Client) -> bool:
-    try:
-        return bool(client.get("/ready").json()["status"] == "ready")
-    except httpx.TransportError:
-        return False
 
 
 def ask(client: httpx.Client, model: str, method: str, prompt: list[int]) -> tuple[list[float], float]:
@@ -93,18 +66,10 @@ def main() -> None:
     given = parser.parse_args()
     for gbps in given.link_gbps:
         link = ["--link-gbps", f"{gbps:g}"] if given.transport == "tcp" else []
-        options = (
-            "--prefill-workers",
-            "1",
-            "--decode-workers",
-            "1",
-            "--transport",
-            given.transport,
-            *link,
-            "--weights",
-            given.weights,
-        )
-        with serving(given.model, given.kv, *options) as client:
+        kv = [part for method in given.kv for part in ("--kv", method)]
+        workers = ("--prefill-workers", "1", "--decode-workers", "1", "--transport", given.transport, *link)
+        engine = ("--model", given.model, "--weights", given.weights, "--kv-memory", "2GiB", *kv)
+        with serving(*engine, *workers) as (url, _), httpx.Client(base_url=url, timeout=SECONDS) as client:
             for result in measure(client, given):
                 print(json.dumps({"gbps": gbps, **result}), flush=True)
 

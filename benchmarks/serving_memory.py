@@ -1,6 +1,6 @@
 """Whether a server's memory grows: clients ask for some minutes, and its resident memory is read every second.
 
-    python benchmarks/serving_memory.py [--clients 64] [--minutes 5] [--kv-memory 64MiB] [--kv METHOD ...]
+    python -m benchmarks.serving_memory [--clients 64] [--minutes 5] [--kv-memory 64MiB] [--kv METHOD ...]
 
 Prints one JSON object: resident memory (MiB) of the API process and the engine process after the first minute and at
 the end, and the growth of both together. The KV pool is small, so that prefix snapshots fill it within the first
@@ -11,15 +11,13 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import httpx
 import psutil
+
+from benchmarks.serving import serving
 
 SETTLE = 10  # seconds that each reading is a median of
 
@@ -32,16 +30,9 @@ def main() -> None:
     parser.add_argument("--kv", action="append")
     options = parser.parse_args()
     methods = options.kv or ["none", "zeroc(bits=4)"]
-    command = [str(Path(sys.executable).with_name("kvfold")), "serve", "--port", "0", "--kv-memory", options.kv_memory]
-    for method in methods:
-        command += ["--kv", method]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    try:
-        url = next(found[1] for line in server.stderr if (found := re.search(r"ready on (http://\S+)", line)))
-        requests, readings = asyncio.run(load(url, methods, options, psutil.Process(server.pid)))
-    finally:
-        server.terminate()
+    kv = [part for method in methods for part in ("--kv", method)]
+    with serving("--kv-memory", options.kv_memory, *kv) as (url, pid):
+        requests, readings = asyncio.run(load(url, methods, options, psutil.Process(pid)))
     after_minute = middle([rss for at, rss in readings if 60 <= at < 60 + SETTLE])
     end = middle([rss for at, rss in readings if at >= readings[-1][0] - SETTLE])
     growth = sum(end.values()) / sum(after_minute.values()) - 1

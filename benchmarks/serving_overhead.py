@@ -1,6 +1,6 @@
 """What HTTP, scheduling and detokenising cost: the server's throughput against the offline engine's.
 
-    python benchmarks/serving_overhead.py [--kv METHOD] [--requests 16] [--input 256] [--output 64] [--rounds 3]
+    python -m benchmarks.serving_overhead [--kv METHOD] [--requests 16] [--input 256] [--output 64] [--rounds 3]
 
 Both run the same prompts greedily, all at once, in turns, so that a busy machine disturbs both alike; prompts differ
 from round to round, so that no prefix is found again. Prints one JSON object: output tokens/s of every round, and the
@@ -11,15 +11,12 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import httpx
 
+from benchmarks.serving import serving
 from kvfold import LLM, SamplingParams
 
 SETTINGS = {"chunk": 256, "max_batch_tokens": 512}  # the server's defaults
@@ -34,26 +31,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     llm = LLM(kv=options.kv, **SETTINGS)
-    command = [str(Path(sys.executable).with_name("kvfold")), "serve", "--kv", options.kv, "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        url = wait_ready(server)
+    with serving("--kv", options.kv) as (url, _):
         rounds = [measure(llm, url, seed, options) for seed in range(options.rounds + 1)][1:]  # the first warms up
-    finally:
-        server.terminate()
     ratios = [r["served"] / r["offline"] for r in rounds]
     print(
         json.dumps({"settings": vars(options), "rounds": rounds, "median_ratio": statistics.median(ratios)}, indent=2)
     )
-
-
-def wait_ready(server: subprocess.Popen[str]) -> str:
-    assert server.stderr is not None
-    for line in server.stderr:
-        found = re.search(r"ready on (http://\S+)", line)
-        if found:
-            return found[1]
-    raise SystemExit("the server did not start")
 
 
 def measure(llm: LLM, url: str, seed: int, options: argparse.Namespace) -> dict[str, float]:

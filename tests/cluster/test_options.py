@@ -15,6 +15,12 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "pip install 'kvfold[cluster]'" in capsys.readouterr().err
 
 
+def test_without_grpc_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "grpc" else object())
+    assert main(["serve", "--prefill-workers", "1", "--ray-address", "ray://127.0.0.1:10001"]) == 2
+    assert "ray:// needs grpcio, which is not installed; run `pip install" in capsys.readouterr().err
+
+
 def test_status_without_a_server_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cluster", "status", "--url", "http://127.0.0.1:1"]) == 2
     assert "no server answers" in capsys.readouterr().err

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.cluster.collective import GlooTransport
+from kvfold.cluster.collective import GlooTransport, NcclTransport
 from kvfold.cluster.tcp import Link, TcpTransport
 from kvfold.cluster.transport import Transport
 from kvfold.engine.handover import Outgoing
-from kvfold.errors import TransferError
+from kvfold.errors import ConfigError, TransferError
 from kvfold.kv import wire
 from tests.engine.handing import step_until
 from tests.engine.tiny import Tiny, greedy, tokens
@@ -136,3 +137,9 @@ def test_the_rate_is_kept() -> None:
     for thread in threads:
         thread.join()
     assert time.monotonic() - began >= 0.099
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_nccl_without_cuda_names_what_to_choose() -> None:
+    with pytest.raises(ConfigError, match="choose --transport tcp or gloo"):
+        NcclTransport("127.0.0.1", {}.get, SECRET)

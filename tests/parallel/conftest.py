@@ -1,25 +1,14 @@
-"""Tiny models and pools of ranks, made once."""
+"""The engine's tiny models, and pools of ranks, made once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.tiny import Tiny
+from tests.engine.conftest import tiny
 
 from .ranks import Ranks
 
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """`tiny(family)`: the model of that family."""
-    made: dict[str, Tiny] = {}
-
-    def get(family: str) -> Tiny:
-        if family not in made:
-            made[family] = Tiny.make(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return get
+__all__ = ["alone", "pool", "ranks", "tiny"]
 
 
 @pytest.fixture(scope="session")

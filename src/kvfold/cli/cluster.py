@@ -1,11 +1,8 @@
 """`kvfold cluster`: Ray on this machine, and what the workers of a running server do."""
 
-import json
 import os
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +12,14 @@ from rich.table import Table
 
 from kvfold.cli import options
 from kvfold.cli.output import print_json
+from kvfold.cli.serve import KEY_VARIABLE
 from kvfold.config.size import format_bytes
 from kvfold.errors import ClusterError, ConfigError
 
 app = typer.Typer(help="Machines and workers: `up`, `status`, `rebalance`, `down`.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option(help="A server that was started with --prefill-workers.")]
-ApiKey = Annotated[str | None, typer.Option(help="The server's key (default: KVFOLD_API_KEY).")]
+ApiKey = Annotated[str | None, typer.Option(envvar=KEY_VARIABLE, show_envvar=True, help="The server's key.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 SECONDS = 10.0
 
@@ -96,25 +94,29 @@ def rebalance(
 
 
 def _ask(url: str, path: str, api_key: str | None, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    key = api_key or os.environ.get("KVFOLD_API_KEY")
-    headers = {"content-type": "application/json"} | ({} if key is None else {"authorization": f"Bearer {key}"})
-    data = None if body is None else json.dumps(body).encode()
+    import httpx2
+
+    from kvfold.benchmark.client import base_url, error_message
+
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=SECONDS) as answer:
-            found: dict[str, Any] = json.load(answer)
-            return found
-    except urllib.error.HTTPError as error:
-        message = json.load(error)["error"]["message"] if error.headers.get_content_subtype() == "json" else str(error)
-        raise ClusterError(str(message)) from error
-    except (OSError, ValueError) as error:
+        with httpx2.Client(base_url=base_url(url), headers=headers, timeout=SECONDS) as http:
+            answer = http.get(path) if body is None else http.post(path, json=body)
+        if answer.is_error:
+            raise ClusterError(error_message(answer))
+        found: dict[str, Any] = answer.json()
+    except (httpx2.HTTPError, ValueError) as error:
         raise ClusterError(f"no server answers at {url} ({error}); check --url") from error
+    return found
 
 
 def _ray(*arguments: str) -> None:
     command = Path(sys.executable).with_name("ray")
     if not command.exists():
         raise ClusterError("clusters need Ray, which is not installed; run `pip install 'kvfold[cluster]'`")
-    done = subprocess.run([str(command), *arguments], capture_output=True, text=True, check=False)
+    # Ray's server for ray:// addresses starts others while its own gRPC runs, which gRPC's fork handlers can break.
+    own = {"GRPC_ENABLE_FORK_SUPPORT": "0"} | os.environ
+    done = subprocess.run([str(command), *arguments], capture_output=True, text=True, env=own, check=False)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no reason given"]
         raise ClusterError(f"`ray {arguments[0]}` failed: {lines[-1]}; end what runs with `kvfold cluster down`")

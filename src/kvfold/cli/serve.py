@@ -56,7 +56,9 @@ def serve(
         int | None, typer.Option(help="Workers that only read prompts; with 0 the others do both.")
     ] = None,
     decode_workers: Annotated[int | None, typer.Option(help="Workers that give the answers.")] = None,
-    transport: Annotated[str, typer.Option(help="What carries KV pages between workers: tcp, ray or gloo.")] = "tcp",
+    transport: Annotated[
+        str, typer.Option(help="What carries KV pages between workers: tcp, ray, gloo or nccl.")
+    ] = "tcp",
     ray_address: Annotated[
         str | None,
         typer.Option(help="A running Ray cluster: auto, HOST:PORT or ray://HOST:PORT."),
@@ -83,6 +85,8 @@ def serve(
         cluster = ClusterOptions(prefill, decode, transport, ray_address, threads, link_gbps, stall_seconds)
         if importlib.util.find_spec("ray") is None:
             raise ConfigError("workers need Ray, which is not installed; run `pip install 'kvfold[cluster]'`")
+        if (ray_address or "").startswith("ray://") and importlib.util.find_spec("grpc") is None:
+            raise ConfigError("ray:// needs grpcio, which is not installed; run `pip install 'kvfold[cluster]'`")
     elif ray_address is not None or link_gbps is not None:
         raise ConfigError("--ray-address and --link-gbps are for workers; give --prefill-workers and --decode-workers")
     memory, body = parse_bytes(kv_memory), parse_bytes(max_body)

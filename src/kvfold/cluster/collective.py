@@ -1,4 +1,4 @@
-"""KV caches by torch.distributed's point-to-point calls, over gloo.
+"""KV caches by torch.distributed's point-to-point calls, over gloo or NCCL.
 
 Receiver and sender meet in a group of two that is made for one cache: one that breaks concerns no other, and nobody has
 to know all workers from the beginning. Whoever wants a cache asks at the sender's doorway, which answers where to meet.
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed
 
+from kvfold.cluster.reason import first_line
 from kvfold.cluster.tcp import Doorway, receive
 from kvfold.cluster.transport import Lookup, checked, expected_size, outgoing_parts
 from kvfold.engine.handover import Part
-from kvfold.errors import TransferError
+from kvfold.errors import ConfigError, TransferError
 from kvfold.kv import wire
 
 dist: Any = torch.distributed  # whose stubs lack what groups of one's own need
@@ -26,6 +27,9 @@ SENDER, RECEIVER = 0, 1
 
 class GlooTransport(Doorway):
     """See `Transport`. lookup: finds this worker's caches."""
+
+    name = "gloo"
+    device = "cpu"  # of what is sent and received
 
     def __init__(self, host: str, lookup: Lookup, secret: bytes, timeout: float = 20.0) -> None:
         self._host = host
@@ -42,10 +46,11 @@ class GlooTransport(Doorway):
             for head, part in outgoing_parts(self._lookup, request_id, self._timeout):
                 for data in (bytearray(head), bytearray(part)):  # torch wants memory that it may write to
                     if data:
-                        group.send([torch.frombuffer(data, dtype=torch.uint8)], RECEIVER, 0).wait()
+                        tensor = torch.frombuffer(data, dtype=torch.uint8).to(self.device)
+                        group.send([tensor], RECEIVER, 0).wait()
             receive(peer, 1)  # the group must last until everything has arrived
-        except RuntimeError as error:  # gloo's way to say that the other side is gone
-            raise TransferError(f"gloo failed ({_first_line(error)}); try again") from error
+        except RuntimeError as error:  # the way to say that the other side is gone
+            raise TransferError(f"{self.name} failed ({first_line(error)}); try again") from error
 
     def fetch(self, address: str, request_id: str, sizes: Sequence[int]) -> Iterator[Part]:
         """See `Transport.fetch`."""
@@ -63,7 +68,7 @@ class GlooTransport(Doorway):
         except OSError as error:
             raise self.explain(address, error) from error
         except RuntimeError as error:
-            raise TransferError(f"gloo failed ({_first_line(error)}); try again") from error
+            raise TransferError(f"{self.name} failed ({first_line(error)}); try again") from error
 
     def _meet(self, store: Any, rank: int) -> Any:
         """The group of two. gloo would listen where this machine's name leads to, which others may not reach."""
@@ -73,12 +78,25 @@ class GlooTransport(Doorway):
         return dist.ProcessGroupGloo(store, rank, 2, options)
 
     def _take(self, group: Any, size: int) -> Part:
-        data = torch.empty(size, dtype=torch.uint8)
+        data = torch.empty(size, dtype=torch.uint8, device=self.device)
         if size:
             group.recv([data], SENDER, 0).wait()
-        found: Part = data.numpy()
+        found: Part = data.cpu().numpy()
         return found
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+class NcclTransport(GlooTransport):
+    """The same over NCCL, which carries GPU memory alone. Raises ConfigError where there is no CUDA."""
+
+    name = "nccl"
+    device = "cuda"
+
+    def __init__(self, host: str, lookup: Lookup, secret: bytes, timeout: float = 20.0) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError("--transport nccl needs CUDA, which is not there; choose --transport tcp or gloo")
+        super().__init__(host, lookup, secret, timeout)
+
+    def _meet(self, store: Any, rank: int) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._patience
+        return dist.ProcessGroupNCCL(store, rank, 2, options)

@@ -1,19 +1,20 @@
 """The workers of a cluster as its router sees them."""
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from kvfold.cluster.messages import WorkerReady, WorkerReport
 from kvfold.cluster.options import Role
+from kvfold.config.engine import EngineConfig
 from kvfold.engine.memory import GROWTH
 from kvfold.engine.stats import WorkerStats
+from kvfold.kv.prefix import prefix_digests
 
-PREFIX_BLOCK = 512  # tokens between two snapshots of a prompt, as in EngineConfig
+Block = tuple[int, bytes]
+"""A lane, and the digest of a prompt's first tokens up to a snapshot's length."""
+PREFIX_BLOCK = EngineConfig.prefix_block  # workers' engines leave it as it is
 MOST_PREFIXES = 4096  # blocks that are remembered of a worker
 
 
@@ -54,7 +55,7 @@ class Member:
     fetched_bytes: int = 0
     fetched_seconds: float = 0.0
     lost: int = 0
-    _prefixes: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    _prefixes: OrderedDict[Block, None] = field(default_factory=OrderedDict)
 
     @property
     def load(self) -> float:
@@ -66,7 +67,7 @@ class Member:
         self.link = self.ready = self.report = None
         self._prefixes.clear()
 
-    def known(self, blocks: Sequence[bytes]) -> int:
+    def known(self, blocks: Sequence[Block]) -> int:
         """How many of a prompt's blocks, from the first, it has read before and may still hold."""
         count = 0
         for block in blocks:
@@ -75,7 +76,7 @@ class Member:
             count += 1
         return count
 
-    def remember(self, blocks: Sequence[bytes]) -> None:
+    def remember(self, blocks: Sequence[Block]) -> None:
         """It reads a prompt with these blocks."""
         for block in blocks:
             self._prefixes[block] = None
@@ -108,17 +109,13 @@ class Member:
         )
 
 
-def prefix_blocks(lane: int, tokens: Sequence[int]) -> list[bytes]:
-    """A digest of every whole block of a prompt and all before it."""
-    state, found = hashlib.blake2b(lane.to_bytes(4, "little"), digest_size=16), []
-    data = np.asarray(tokens, np.int64)
-    for end in range(PREFIX_BLOCK, len(data) + 1, PREFIX_BLOCK):
-        state.update(data[end - PREFIX_BLOCK : end].tobytes())
-        found.append(state.copy().digest())
-    return found
+def prefix_blocks(lane: int, tokens: Sequence[int]) -> list[Block]:
+    """One for every whole block of a prompt and all before it."""
+    lengths = range(PREFIX_BLOCK, len(tokens) + 1, PREFIX_BLOCK)
+    return [(lane, digest) for digest in prefix_digests(tokens, lengths)]
 
 
-def choose_reader(members: Sequence[Member], lane: int, tokens: int, blocks: Sequence[bytes]) -> Member:
+def choose_reader(members: Sequence[Member], lane: int, tokens: int, blocks: Sequence[Block]) -> Member:
     """Who is done with a prompt first: the bytes that wait there, and those of the prompt that are not there yet."""
 
     def until_done(member: Member) -> float:

@@ -7,7 +7,7 @@ from kvfold.errors import ConfigError
 
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode")
-TRANSPORTS = ("tcp", "ray", "gloo")
+TRANSPORTS = ("tcp", "ray", "gloo", "nccl")
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,8 @@ class ClusterOptions:
     @property
     def workers(self) -> int:
         return self.prefill + self.decode
+
+    @property
+    def gpus(self) -> int:
+        """Of each worker. NCCL wants one for each of those that meet."""
+        return int(self.transport == "nccl")

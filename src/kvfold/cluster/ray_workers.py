@@ -1,11 +1,11 @@
 """Workers as Ray actors: where they run, how they are started, how their end is noticed."""
 
-import logging
+import asyncio
 import os
+import re
 import secrets
 import socket
 import time
-from collections.abc import Awaitable
 from typing import Any
 
 import ray
@@ -16,16 +16,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from kvfold.cluster.members import WorkerGone
 from kvfold.cluster.options import ClusterOptions
 from kvfold.cluster.ray_objects import NAMESPACE
+from kvfold.cluster.reason import first_line
 from kvfold.cluster.worker import Worker
 from kvfold.errors import ClusterError
 
-log = logging.getLogger("kvfold.cluster")
-
-# Ray reports to its makers, runs workers at low priority and waits a minute for a head node, unless told otherwise.
+# Unless told otherwise, Ray reports to its makers, runs workers at low priority, and waits a minute for a head node,
+# half of one with Ray Client.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "10",
 }
 KNOCK_SECONDS = 5.0
 PLACE_SECONDS = 30.0  # for resources that others may be about to give back
@@ -76,13 +77,14 @@ class RayWorkers:
         deadline = time.monotonic() + patience
         while not ray.is_initialized():
             try:
-                ray.init(address=address, namespace=NAMESPACE, configure_logging=False, log_to_driver=False, **own)
+                # Without an address Ray would join whatever runs here.
+                where = address or "local"
+                ray.init(address=where, namespace=NAMESPACE, configure_logging=False, log_to_driver=False, **own)
             except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
                 if time.monotonic() < deadline:
                     time.sleep(1)
                     continue
-                where = f"no Ray cluster answers at {address}" if address else "Ray cannot be started here"
-                raise ClusterError(f"{where} ({_first_line(error)}); check --ray-address") from error
+                raise _refusal(address, error) from error
         self.threads = self._threads()
         self._group = self._reserve()
 
@@ -93,7 +95,13 @@ class RayWorkers:
         unique = f"{name}.{os.getpid()}.{self._starts}"
         place = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=number)
         remote: Any = ray.remote(Worker)
-        actor = remote.options(name=unique, num_cpus=self.threads, scheduling_strategy=place, max_concurrency=64)
+        actor = remote.options(
+            name=unique,
+            num_cpus=self.threads,
+            num_gpus=cluster.gpus or None,
+            scheduling_strategy=place,
+            max_concurrency=64,
+        )
         options = {**self._options, "threads": self.threads}
         transport = (cluster.transport, self._secret, cluster.link_gbps, cluster.stall_seconds)
         made = actor.remote(unique, options, *transport)
@@ -122,7 +130,15 @@ class RayWorkers:
                 f"{count} workers of {threads} threads need {wanted} cores and the Ray cluster has {there}; "
                 "ask for fewer workers or threads, or add nodes"
             )
-        group: PlacementGroup = placement_group([{"CPU": float(threads)}] * count, strategy="SPREAD")
+        gpus, gpus_there = count * self._cluster.gpus, int(ray.cluster_resources().get("GPU", 0))
+        if gpus > gpus_there:
+            ray.shutdown()
+            raise ClusterError(
+                f"--transport nccl wants a GPU for each of {count} workers and the Ray cluster has {gpus_there}; "
+                "choose --transport tcp, or add GPUs"
+            )
+        bundle = {"CPU": float(threads), **({"GPU": float(self._cluster.gpus)} if gpus else {})}
+        group: PlacementGroup = placement_group([bundle] * count, strategy="SPREAD")
         if not group.wait(PLACE_SECONDS):
             free = ray.available_resources().get("CPU", 0)
             ray.shutdown()
@@ -149,12 +165,25 @@ def _knock(address: str | None, patience: float) -> None:
             return
 
 
-async def _or_gone(reference: Awaitable[Any]) -> Any:
+def _refusal(address: str | None, error: Exception) -> ClusterError:
+    """Why there is no connection, in one sentence."""
+    if "Version mismatch" in str(error):
+        theirs, ours = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+        there, here = (f"Ray {release} and Python {python}" for release, python in (theirs, ours))
+        return ClusterError(f"the cluster at {address} runs {there}, kvfold {here}; install the same on both sides")
+    why = first_line(error)
+    if address is None:
+        return ClusterError(f"Ray cannot be started here ({why}); see its log, or give --ray-address")
+    if isinstance(error, ConnectionAbortedError):  # a race in Ray (ray-project/ray#63202)
+        return ClusterError(f"{address} could not serve one more client; try again, or see docs/cluster.md: Ray Client")
+    token = ", and RAY_AUTH_MODE if it wants a token" if address.startswith("ray://") else ""
+    return ClusterError(f"no Ray cluster answers at {address} ({why}); check --ray-address{token}")
+
+
+async def _or_gone(reference: Any) -> Any:
+    answer = asyncio.wrap_future(reference.future())
+    answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may want it any more
     try:
-        return await reference
+        return await asyncio.shield(answer)  # Ray Client cannot bear cancellation
     except RayError as error:
-        raise WorkerGone(_first_line(error)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise WorkerGone(first_line(error)) from error

@@ -20,6 +20,7 @@ from kvfold.cluster.options import ROLES, ClusterOptions
 from kvfold.cluster.totals import total
 from kvfold.engine.stats import PoolMap
 from kvfold.errors import ClusterError, EngineDiedError, TransferError
+from kvfold.server.engine_process import STATS_EVERY
 from kvfold.server.messages import (
     Abort,
     Add,
@@ -41,7 +42,6 @@ log = logging.getLogger("kvfold.cluster")
 
 Spawn = Callable[[str, int], Awaitable[Link]]
 """Starts the process of a worker, by its name and number. Raises ClusterError."""
-STATS_EVERY = 0.25
 MOST_DELAY = 30.0  # seconds between two starts of a worker that keeps ending
 
 
@@ -126,7 +126,7 @@ class Router:
             if self._pools is not None:
                 self._pools.pop(member, None)
             for job in [self._keys[key] for key in list(member.jobs) if key in self._keys]:
-                self._left_alone(job, member, why)
+                self._again(job, f"worker {member.name} was lost ({why})")
             member.jobs.clear()
             await asyncio.sleep(min(MOST_DELAY, 2.0**ended_early - 1))
 
@@ -273,12 +273,6 @@ class Router:
         if job is not None:
             self._forget(job)
             self._deliver(Rejected(job.add.id, event.error, event.message))
-
-    def _left_alone(self, job: Job, member: Member, why: str) -> None:
-        """A worker of a request has gone."""
-        if member is not job.writer and job.reader is not member:
-            return
-        self._again(job, f"worker {member.name} was lost ({why})")
 
     def _again(self, job: Job, why: str) -> None:
         """Begins a request anew from what it has said, or gives it up."""

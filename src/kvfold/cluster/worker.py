@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from kvfold import __version__
-from kvfold.cluster.collective import GlooTransport
+from kvfold.cluster.collective import GlooTransport, NcclTransport
 from kvfold.cluster.messages import WorkerReady, decode_worker_command
 from kvfold.cluster.ray_objects import RayTransport
 from kvfold.cluster.tcp import TcpTransport
@@ -31,7 +31,7 @@ LONG = 8192  # tokens of the sequence that a lane's bytes per token are taken fr
 class Worker:
     """What Ray runs in a process of its own: commands in through `send`, events out through `receive`.
 
-    options: the arguments of `LLM`. transport: "tcp", "ray" or "gloo"; secret, gbps, timeout: see `TcpTransport`.
+    options: the arguments of `LLM`. transport: one of `TRANSPORTS`; secret, gbps, timeout: see `TcpTransport`.
     """
 
     def __init__(
@@ -54,11 +54,10 @@ class Worker:
         self._outbox: dict[str, Outgoing] = {}
         self._inbox = Inbox(self._deliver)
 
-    async def start(self) -> int:
-        """Begins to load the model; events tell how it goes. Returns the process id."""
+    async def start(self) -> None:
+        """Begins to load the model; events tell how it goes."""
         self._loop, self._there = asyncio.get_running_loop(), asyncio.Event()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
-        return os.getpid()
 
     async def send(self, command: bytes) -> None:
         """Takes a command."""
@@ -111,8 +110,9 @@ class Worker:
         if self._kind == "ray":
             return RayTransport(self._name, self._timeout)
         host = ray.util.get_node_ip_address()
-        if self._kind == "gloo":
-            return GlooTransport(host, self._outbox.get, self._secret, self._timeout)
+        if self._kind in ("gloo", "nccl"):
+            kind = NcclTransport if self._kind == "nccl" else GlooTransport
+            return kind(host, self._outbox.get, self._secret, self._timeout)
         return TcpTransport(host, self._outbox.get, self._secret, self._gbps, self._timeout)
 
 

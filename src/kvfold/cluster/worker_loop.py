@@ -26,9 +26,8 @@ class Inbox:
     """Commands for a worker's loop, and the ends of its fetches, from any thread; events go to `deliver`."""
 
     def __init__(self, deliver: Callable[[Any], None]) -> None:
-        self.put: Callable[[Any], None]
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.put = self._queue.put
+        self.put: Callable[[Any], None] = self._queue.put
         self.send = deliver
 
     def receive(self, timeout: float) -> Any | None:
@@ -59,7 +58,7 @@ class WorkerLoop(EngineLoop):
         super().__init__(engine, inbox)
         self._inbox = inbox
         self._transport = transport
-        self._waiting: deque[Fetch] = deque()  # for room
+        self._waiting: deque[tuple[Fetch, wire.Header]] = deque()  # for room
         self._incoming: list[_Incoming] = []
         self._threads = ThreadPoolExecutor(FETCHES, thread_name_prefix="kv fetch")
         engine.handovers.on_offer = self._offer
@@ -68,13 +67,13 @@ class WorkerLoop(EngineLoop):
         self._changed = True
         match command:
             case Fetch():
-                self._waiting.append(command)
+                self._expect(command)
             case Release():
                 self._engine.handovers.release(command.id)
             case _Incoming():
                 self._arrived(command)
             case Abort():
-                self._waiting = deque(f for f in self._waiting if f.add.id != command.id)
+                self._waiting = deque(w for w in self._waiting if w[0].add.id != command.id)
                 for incoming in self._incoming:
                     # Its thread may still be writing to its pages.
                     incoming.cancelled |= incoming.fetch.add.id == command.id
@@ -95,16 +94,24 @@ class WorkerLoop(EngineLoop):
         header = wire.pack(wire.HEADER, outgoing.header)
         self._channel.send(Offer(outgoing.request_id, header, outgoing.nbytes))
 
+    def _expect(self, fetch: Fetch) -> None:
+        try:
+            self._waiting.append((fetch, wire.unpack_header(fetch.header)))
+        except TransferError as error:
+            self._reject(fetch, error)
+
+    def _reject(self, fetch: Fetch, error: KvfoldError) -> None:
+        self._channel.send(Rejected(fetch.add.id, type(error).__name__, str(error)))
+
     def _make_room(self) -> None:
         """Begins to fetch what there is room for, first come, first served."""
         while self._waiting and len(self._incoming) < FETCHES:
-            fetch = self._waiting[0]
+            fetch, header = self._waiting[0]
             try:
-                header = wire.unpack_header(fetch.header)
                 arriving = self._engine.handovers.expect(header, fetch.add.lane, fetch.add.params.n)
             except KvfoldError as error:
                 self._waiting.popleft()
-                self._channel.send(Rejected(fetch.add.id, type(error).__name__, str(error)))
+                self._reject(fetch, error)
                 continue
             if arriving is None:
                 return

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import msgspec
@@ -12,8 +13,7 @@ from numpy.typing import NDArray
 from kvfold.engine.lane import MethodLane
 from kvfold.engine.memory import KVMemory, Tables
 from kvfold.engine.scheduler import Scheduled, Scheduler
-from kvfold.engine.sequence import Request
-from kvfold.engine.sequence import Sequence as Completion
+from kvfold.engine.sequence import Request, Sequence
 from kvfold.errors import MemoryLimitError, TransferError
 from kvfold.kv import wire
 from kvfold.kv.extents import Extents
@@ -106,7 +106,7 @@ class Handovers:
     on_offer: told of each cache before it is complete, so that the other side can begin to fetch it.
     """
 
-    def __init__(self, lanes: Sequence[MethodLane], memory: KVMemory, scheduler: Scheduler, most: int) -> None:
+    def __init__(self, lanes: Seq[MethodLane], memory: KVMemory, scheduler: Scheduler, most: int) -> None:
         self.outbox: dict[str, Outgoing] = {}
         self.arriving: list[Arriving] = []
         self.on_offer: Callable[[Outgoing], None] = lambda outgoing: None
@@ -115,14 +115,13 @@ class Handovers:
         self._scheduler = scheduler
         self._most = most  # sequences that run at once
 
-    def begin(self, item: Scheduled) -> Outgoing | None:
-        """Offers the cache of a prompt whose last tokens are about to be computed; None where nobody waits for it, or
-        where compressing it comes after computing it."""
+    def begin(self, item: Scheduled) -> None:
+        """Offers the cache of a prompt whose last tokens are about to be computed, unless nobody waits for it or
+        compressing it comes after computing it."""
         request, tables = item.sequence.request, item.sequence.held
         complete = item.sequence.computed + item.count == len(item.sequence)
-        if not (request.handover and complete) or isinstance(tables, StagedTables):
-            return None
-        return self._offer(item.sequence, len(item.sequence))
+        if request.handover and complete and not isinstance(tables, StagedTables):
+            self._offer(item.sequence, len(item.sequence))
 
     def finish(self, request: Request) -> None:
         """The prompt was computed and first tokens sampled: what goes on does so elsewhere."""
@@ -175,7 +174,7 @@ class Handovers:
         self.arriving.append(arriving)
         return arriving
 
-    def accept(self, arriving: Arriving, tail: wire.Tail, sequences: Sequence[Completion]) -> None:
+    def accept(self, arriving: Arriving, tail: wire.Tail, sequences: Seq[Sequence]) -> None:
         """All parts are there: the completions of a request go on with them."""
         lane = self._lanes[arriving.lane]
         tables = arriving.tables
@@ -200,7 +199,7 @@ class Handovers:
         """All that is held here, for the integrity check."""
         return [o.tables for o in self.outbox.values()] + [a.tables for a in self.arriving]
 
-    def _offer(self, sequence: Completion, length: int) -> Outgoing:
+    def _offer(self, sequence: Sequence, length: int) -> Outgoing:
         request, pool = sequence.request, self._memory.pool
         header = wire.header_of(self._lanes[request.lane].identity, sequence.held, length)
         tables = sequence.held.fork(pool)

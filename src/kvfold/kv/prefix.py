@@ -37,7 +37,7 @@ class PrefixIndex(Generic[AnyTables]):
         """Takes over `tables`, which hold exactly `tokens`; releases them where the prefix is known already."""
         if len(tokens) != tables.length:
             raise ValueError(f"tables of {tables.length} tokens for a prefix of {len(tokens)}")
-        digest = _digests(tokens, [len(tokens)])[0]
+        digest = prefix_digests(tokens, [len(tokens)])[0]
         if digest in self._entries:
             tables.release(self._pool)
         else:
@@ -48,14 +48,14 @@ class PrefixIndex(Generic[AnyTables]):
     def match(self, tokens: Sequence[int]) -> AnyTables | None:
         """The longest snapshot of a proper prefix of `tokens`, to be forked, or None."""
         lengths = sorted(n for n in self._lengths if n < len(tokens))
-        for digest in reversed(_digests(tokens, lengths)):
+        for digest in reversed(prefix_digests(tokens, lengths)):
             if digest in self._entries:
                 return self._touch(digest)
         return None
 
     def find(self, tokens: Sequence[int]) -> AnyTables | None:
         """The snapshot of exactly these tokens, to be forked, or None."""
-        digest = _digests(tokens, [len(tokens)])[0]
+        digest = prefix_digests(tokens, [len(tokens)])[0]
         return self._touch(digest) if digest in self._entries else None
 
     @property
@@ -98,7 +98,7 @@ class PrefixIndex(Generic[AnyTables]):
         return self._entries[digest]
 
 
-def _digests(tokens: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+def prefix_digests(tokens: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
     """Hash of the first n tokens for each of the ascending lengths."""
     data = np.asarray(tokens, np.int64)
     state, done, found = hashlib.blake2b(digest_size=16), 0, []
