@@ -14,8 +14,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.handover import serving
 from benchmarks.planner_replay import row
+from benchmarks.serving import serving
 from kvfold.benchmark.options import Limits as Targets
 from kvfold.benchmark.options import TargetOptions, WorkloadOptions
 from kvfold.benchmark.report import Run
@@ -79,12 +79,13 @@ def main() -> None:
     predicted = {(kv, rate): predict(profile, placement, replay, kv, rate, link, memory) for kv, rate in cases}
     for (kv, rate), figures in predicted.items():
         show(kv, rate, predicted=figures)
-    command = [*workers(profile, placement), "--kv-memory", options.kv_memory, "--transport", options.transport]
+    command = ["--model", options.model, "--kv-memory", options.kv_memory, "--transport", options.transport]
+    command += [part for kv in options.kv for part in ("--kv", kv)]
     if options.transport == "tcp":
         command += ["--link-gbps", str(options.link_gbps)]
-    with serving(options.model, options.kv, *command) as client:
+    with serving(*command, *workers(profile, placement)) as (url, _):
         for kv, rate in cases:
-            measured = ask(str(client.base_url).rstrip("/"), replay, kv, rate)
+            measured = ask(url, replay, kv, rate)
             show(kv, rate, predicted=predicted[kv, rate], measured=measured)
 
 

@@ -49,6 +49,7 @@ def main() -> None:
     asked, _ = load_requests(
         options.trace, profile.positions, count=options.requests, lengths_scale=options.lengths_scale
     )
+    asked = [replace(request, hash_ids=()) for request in asked]  # as in the prompts below
     llm = build(profile, options.model, options.kv, memory)
     for rate in options.rate:
         for lane, kv in enumerate(options.kv):

@@ -81,7 +81,7 @@ class WorkerLoop(EngineLoop):
             case _:
                 super()._handle(command)
 
-    def _after_step(self) -> None:
+    def _before_step(self) -> None:
         self._make_room()
 
     def _report(self) -> None:

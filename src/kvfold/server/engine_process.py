@@ -82,12 +82,12 @@ class EngineLoop:
     def run(self) -> None:
         """Returns when the process that started this one is gone."""
         while os.getppid() == self._parent:
+            self._before_step()
             if self._engine.has_unfinished:
                 self._changed = self._unchecked = True
                 updates = [self._update(output) for output in self._engine.step()]
                 if updates:
                     self._channel.send(Updates(updates))
-            self._after_step()
             idle = not self._engine.has_unfinished
             if self._changed and (idle or time.monotonic() - self._reported > STATS_EVERY):
                 self._report()
@@ -96,7 +96,7 @@ class EngineLoop:
                 self._engine.check_integrity()
                 self._unchecked = False
 
-    def _after_step(self) -> None:
+    def _before_step(self) -> None:
         """For loops that do more."""
 
     def _report(self) -> None:
