@@ -1,5 +1,7 @@
 """The compiled kernels against the reference: every format, every set of instructions that this machine has."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,15 @@ def backend(kernels: str) -> CpuBackend:
         return CpuBackend(kernels)
     except KernelsUnavailable as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_serve_long_pieces() -> Iterator[None]:
+    """Where torch would be faster, too."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("kvfold.attention.cpu.backend.MANY", 10**6)
+        patched.setattr("kvfold.attention.cpu.backend.MANY_CODED", 10**6)
+        yield
 
 
 @st.composite

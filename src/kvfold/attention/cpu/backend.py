@@ -6,13 +6,16 @@ from typing import Any
 from kvfold.attention.base import Plan, SequenceStep
 from kvfold.attention.cpu.sealed import CpuSealedPlan, SealedFormats
 from kvfold.attention.cpu.staged import CpuStagedPlan, StagedFormats
+from kvfold.attention.divided import DividedPlan
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import PagePool
 from kvfold.kv.staged import StagedLayout
 from kvfold.native.library import find_kernels, kernels_name
 
-MANY = 16  # new tokens of a sequence that torch's fused kernel serves faster than kernels without AVX-512
+# New tokens of a sequence that torch's fused kernel serves faster than kernels without AVX-512; where codes are sealed
+# and read back, torch takes more time for those.
+MANY, MANY_CODED = 16, 128
 
 Layout = CacheLayout | StagedLayout
 Formats = SealedFormats | StagedFormats | None
@@ -22,8 +25,8 @@ class CpuBackend:
     """Implements `AttentionBackend` with the kernels for this machine's instructions.
 
     kernels: name of the instructions to be used (`avx512-vnni-bf16`, `avx512-vnni`, `avx2`, `portable`); None: the best
-    there are. What the kernels do not know (units of odd sizes) goes to the reference, and so do long pieces of staged
-    prompts where the kernels have no AVX-512, if both then compute the same.
+    there are. What the kernels do not know (units of odd sizes) goes to the reference, and so do long pieces of prompts
+    where the kernels have no AVX-512, if both then compute the same.
     Raises KernelsUnavailable where the kernels were not built or the machine lacks the instructions.
     """
 
@@ -40,14 +43,21 @@ class CpuBackend:
 
     def plan(self, pool: PagePool, layout: Layout, steps: Sequence[SequenceStep[Any]], scale: float) -> Plan:
         formats = self._formats_of(layout) if pool.data.device.type == "cpu" else None
-        if isinstance(layout, StagedLayout) and isinstance(formats, StagedFormats) and self._fits(formats, steps):
+        if formats is None:
+            return self._reference.plan(pool, layout, steps, scale)
+        if not self._wide and not formats.rounded_by_reference:
+            many = MANY_CODED if isinstance(layout, CacheLayout) and not layout.exact else MANY
+            pieces = [step for step in steps if step.count > many]
+            if len(pieces) == len(steps):
+                return self._reference.plan(pool, layout, steps, scale)
+            if pieces:
+                others = [step for step in steps if step.count <= many]
+                return DividedPlan(pool, layout, ((self._reference, pieces), (self, others)), scale)
+        if isinstance(layout, StagedLayout) and isinstance(formats, StagedFormats):
             return CpuStagedPlan(pool, layout, formats, steps, scale, self._kernels)
-        if isinstance(layout, CacheLayout) and isinstance(formats, SealedFormats):
-            return CpuSealedPlan(pool, layout, formats, steps, scale, self._kernels)
-        return self._reference.plan(pool, layout, steps, scale)
-
-    def _fits(self, formats: StagedFormats, steps: Sequence[SequenceStep[Any]]) -> bool:
-        return self._wide or formats.rounded_by_reference or all(step.count <= MANY for step in steps)
+        assert isinstance(layout, CacheLayout)
+        assert isinstance(formats, SealedFormats)
+        return CpuSealedPlan(pool, layout, formats, steps, scale, self._kernels)
 
     def _formats_of(self, layout: Layout) -> Formats:
         if id(layout) not in self._formats:

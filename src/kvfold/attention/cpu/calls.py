@@ -1,6 +1,7 @@
 """What both sides of a call of the attention kernels agree on: structures, and formats as the kernels keep them."""
 
 import ctypes
+from collections.abc import Iterable
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import cache
 
@@ -86,6 +87,12 @@ def supported(fmt: PageFormat) -> bool:
     if fmt.head_dim > MOST_DIM:
         return False
     return fmt.block <= 256 and (fmt.block % UNIT == 0 or UNIT % fmt.block == 0)
+
+
+def rounded_by_reference(formats: Iterable[PageFormat]) -> bool:
+    """Whether the reference rounds queries and weights of one of them, as HACK does: there it computes other numbers
+    than the kernels, and who computes must not depend on how many tokens a step has."""
+    return any(fmt.key.sums and fmt.value.sums for fmt in formats)
 
 
 @cache

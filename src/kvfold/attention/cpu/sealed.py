@@ -7,7 +7,7 @@ from ctypes import c_void_p
 from torch import Tensor
 
 from kvfold.attention.base import SequenceStep
-from kvfold.attention.cpu.calls import SealedCall, SealedTables, Step, native_format, supported
+from kvfold.attention.cpu.calls import SealedCall, SealedTables, Step, native_format, rounded_by_reference, supported
 from kvfold.attention.cpu.layer import fill_layer, fill_steps, layer_call, run_layer
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import PagePool
@@ -21,6 +21,7 @@ class SealedFormats:
     def __init__(self, layout: CacheLayout) -> None:
         self.near = native_format(layout.near)
         self.far = [(c_void_p * layout.kv_heads)(*map(native_format, layer)) for layer in layout.far]
+        self.rounded_by_reference = any(map(rounded_by_reference, layout.far))
 
     @classmethod
     def of(cls, layout: CacheLayout) -> "SealedFormats | None":

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from kvfold.attention.base import SequenceStep
-from kvfold.attention.cpu.calls import FrameInfo, Numbers, StagedCall, Step, Tracks, WatchInfo, native_format, supported
+from kvfold.attention.cpu.calls import (
+    FrameInfo,
+    Numbers,
+    StagedCall,
+    Step,
+    Tracks,
+    WatchInfo,
+    native_format,
+    rounded_by_reference,
+    supported,
+)
 from kvfold.attention.cpu.layer import fill_steps, layer_call, run_layer
 from kvfold.attention.staged import record_queries
 from kvfold.kv.frame import Frame
@@ -26,8 +36,7 @@ class StagedFormats:
         count = layout.tracks * layout.kv_heads
         every = [_formats(layout, layer) for layer in range(layout.layers)]
         self.layers = [(c_void_p * count)(*map(native_format, formats)) for formats in every]
-        # There the reference rounds queries and weights as HACK does: who computes must not depend on a chunk's size.
-        self.rounded_by_reference = any(fmt.key.sums and fmt.value.sums for formats in every for fmt in formats)
+        self.rounded_by_reference = any(map(rounded_by_reference, every))
 
     @classmethod
     def of(cls, layout: StagedLayout) -> "StagedFormats | None":
