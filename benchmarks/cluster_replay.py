@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.planner_replay import row
 from benchmarks.serving import serving
@@ -22,6 +23,7 @@ from kvfold.benchmark.report import Run
 from kvfold.benchmark.session import benchmark
 from kvfold.benchmark.trace import TraceRequest
 from kvfold.config.size import parse_bytes
+from kvfold.planner.company import Surroundings
 from kvfold.planner.document import Profile, load_profile
 from kvfold.planner.placement import Link, Placement, parse_placement
 from kvfold.planner.records import Limits, RequestRecord, SimulationResult, arrival_rate
@@ -57,6 +59,8 @@ def main() -> None:
     parser.add_argument("--kv-memory", default="1GiB")
     parser.add_argument("--transport", default="tcp")
     parser.add_argument("--link-gbps", type=float, default=10.0)
+    parser.add_argument("--request-overhead", type=float, default=0.0)
+    parser.add_argument("--slowdown", type=float, default=0.0)
     parser.add_argument("--lengths-scale", type=float, default=0.1)
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--requests", type=int, default=100)
@@ -74,9 +78,10 @@ def main() -> None:
     )
     limits = Limits(options.ttft, options.tpot)
     replay = Replay(options.trace, options.first, options.lengths_scale, asked, options.rate, limits)
-    link, memory = Link(options.link_gbps), parse_bytes(options.kv_memory)
+    memory = parse_bytes(options.kv_memory)
+    around = Link(options.link_gbps), Surroundings(options.request_overhead, options.slowdown)
     cases = [(kv, rate) for rate in replay.rates for kv in options.kv]
-    predicted = {(kv, rate): predict(profile, placement, replay, kv, rate, link, memory) for kv, rate in cases}
+    predicted = {(kv, rate): predict(profile, placement, replay, kv, rate, memory, *around) for kv, rate in cases}
     for (kv, rate), figures in predicted.items():
         show(kv, rate, predicted=figures)
     command = ["--model", options.model, "--kv-memory", options.kv_memory, "--transport", options.transport]
@@ -94,10 +99,10 @@ def show(kv: str, rate: float, **figures: Figures) -> None:
 
 
 def predict(
-    profile: Profile, placement: Placement, replay: Replay, kv: str, rate: float, link: Link, memory: int
+    profile: Profile, placement: Placement, replay: Replay, kv: str, rate: float, memory: int, *around: Any
 ) -> Figures:
     timed = at_rate(replay.requests, rate)
-    return row(simulate(timed, placement, profile.of(kv), profile.limits, memory, link), replay.limits)
+    return row(simulate(timed, placement, profile.of(kv), profile.limits, memory, *around), replay.limits)
 
 
 def workers(profile: Profile, placement: Placement) -> list[str]:

@@ -96,6 +96,7 @@ def test_plan_searches_and_draws(run: Run, files: tuple[str, ...]) -> None:
     code, out, _ = run("plan", *files, *goal, "--kv", "none")
     assert code == 0
     assert "best: " in out
+    assert "run it: kvfold serve " in out
 
 
 SIMULATE: tuple[object, ...] = ("simulate",)

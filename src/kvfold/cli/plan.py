@@ -118,6 +118,7 @@ def plan(
     typer.echo(
         f"best: {best.placement} with {best.method}: {best.goodput:.3g} requests/s, {best.per_worker:.3g} per worker"
     )
+    typer.echo(f'run it: kvfold serve {best.placement.options}--kv "{best.method}" --kv-memory {kv_memory}')
 
 
 def _table(title: str, candidates: list["Candidate"], search: "Search") -> Table:

@@ -37,6 +37,12 @@ def simulate(
     link_gbps: planning.LinkGbps = 10.0,
     link_overhead: planning.LinkOverhead = 0.0,
     first_token: planning.FirstToken = "prefill",
+    request_overhead: Annotated[
+        float, typer.Option(help="Seconds of a request's way to a worker and back: HTTP, processes.", metavar="S")
+    ] = 0.0,
+    slowdown: Annotated[
+        float, typer.Option(help="Share by which a step takes longer while another worker computes.", metavar="F")
+    ] = 0.0,
     ttft: Annotated[float | None, typer.Option(help="Most seconds to the first token.", metavar="S")] = None,
     tpot: Annotated[float | None, typer.Option(help="Most seconds per further token.", metavar="S")] = None,
     out: Annotated[Path | None, typer.Option(help="Save every request's times here (JSON).", metavar="FILE")] = None,
@@ -49,6 +55,7 @@ def simulate(
     if rate and rate_scale != 1:
         raise ConfigError("--rate and --rate-scale say two things; give one of them")
 
+    from kvfold.planner.company import Surroundings
     from kvfold.planner.document import load_profile
     from kvfold.planner.placement import Link, parse_placement
     from kvfold.planner.records import arrival_rate, summarize
@@ -57,6 +64,7 @@ def simulate(
 
     memory, where = parse_bytes(kv_memory), parse_placement(placement)
     link, limits = Link(link_gbps, link_overhead, first_token), _limits(ttft, tpot)
+    surroundings = Surroundings(request_overhead, slowdown)
     known = load_profile(profile)
     method = known.of(kv)
     played, cut = load_requests(trace, known.positions, first=first, count=requests, lengths_scale=lengths_scale)
@@ -64,7 +72,7 @@ def simulate(
     if not rate:
         own = arrival_rate([request.at for request in played])
         workloads = [played if rate_scale == 1 else at_rate(played, own * rate_scale)]
-    results = [run(each, where, method, known.limits, memory, link) for each in workloads]
+    results = [run(each, where, method, known.limits, memory, link, surroundings) for each in workloads]
     summaries = [summarize(result, limits) for result in results]
     settings: dict[str, Any] = {
         "trace": trace.name,
@@ -74,6 +82,7 @@ def simulate(
         "machine": known.machine,
         "kv_memory": memory,
         "link": link,
+        "surroundings": surroundings,
         "limits": limits,
         "cut_to_positions": cut,
     }

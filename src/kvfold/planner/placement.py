@@ -29,6 +29,13 @@ class Placement:
     def workers(self) -> int:
         return self.mixed + self.prefill + self.decode
 
+    @property
+    def options(self) -> str:
+        """What tells `kvfold serve` so, and a space; nothing for a single engine."""
+        if self.workers == 1:
+            return ""
+        return f"--prefill-workers {self.prefill} --decode-workers {self.decode or self.mixed} "
+
     def times(self, count: int) -> "Placement":
         """The same, `count` times over."""
         return Placement(self.mixed * count, self.prefill * count, self.decode * count)

@@ -14,6 +14,7 @@ from typing import Any
 import simpy
 
 from kvfold.benchmark.trace import TraceRequest
+from kvfold.planner.company import Company, Surroundings
 from kvfold.planner.document import EngineLimits, MethodProfile
 from kvfold.planner.handover import FETCHES, Handover, Wire, layers_ready
 from kvfold.planner.memory import Held
@@ -36,6 +37,7 @@ def simulate(
     limits: EngineLimits,
     kv_memory: int,
     link: Link | None = None,
+    surroundings: Surroundings | None = None,
     *,
     stop_at: tuple[Limits, int] | None = None,
     on_step: Callable[[int, float, Step], None] | None = None,
@@ -51,7 +53,8 @@ def simulate(
     """
     arithmetic = method.pages(limits.chunk)
     check_memory(requests, arithmetic, kv_memory // arithmetic.page_bytes)
-    run = _Simulation(requests, placement, method, limits, kv_memory, arithmetic, link or Link(), stop_at, on_step)
+    around = link or Link(), surroundings or Surroundings()
+    run = _Simulation(requests, placement, method, limits, kv_memory, arithmetic, *around, stop_at, on_step)
     return run.result(prompts_read)
 
 
@@ -65,6 +68,7 @@ class _Simulation:
         kv_memory: int,
         arithmetic: PageArithmetic,
         link: Link,
+        surroundings: Surroundings,
         stop_at: tuple[Limits, int] | None,
         on_step: Callable[[int, float, Step], None] | None,
     ) -> None:
@@ -74,6 +78,8 @@ class _Simulation:
         self.missed: set[int] = set()
         self.stop_at, self.on_step = stop_at, on_step
         self.link, self.arithmetic = link, arithmetic
+        self.request_overhead = surroundings.request_overhead
+        self.company = Company(self.env, surroundings.slowdown)
         self.pages = kv_memory // arithmetic.page_bytes
         self.readers = range(placement.prefill or placement.mixed)
         self.writers = range(placement.prefill, placement.workers)
@@ -115,8 +121,9 @@ class _Simulation:
 
     def _arrive(self, enter: Callable[[SimSequence], None]) -> Process:
         for sequence in sorted(self.sequences, key=lambda s: s.at):
-            if sequence.at > self.env.now:
-                yield self.env.timeout(sequence.at - self.env.now)
+            there = sequence.at + self.request_overhead
+            if there > self.env.now:
+                yield self.env.timeout(there - self.env.now)
             enter(sequence)
 
     def _enter(self, sequence: SimSequence) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import simpy
 
+from kvfold.planner.company import Company
 from kvfold.planner.document import EngineLimits
 from kvfold.planner.latency import LatencyModel, StepWork, chunk_squares
 from kvfold.planner.memory import Held, SimMemory
@@ -15,7 +16,9 @@ Step = list[tuple[SimSequence, int]]
 
 
 class Owner(Protocol):
-    """Who hears of what a worker does."""
+    """Who hears of what a worker does, and in whose company it computes."""
+
+    company: Company
 
     def between(self, worker: "Worker") -> None:
         """The next step is about to be scheduled."""
@@ -86,7 +89,7 @@ class Worker:
                 continue
             seconds = self._latency.seconds(self._work(step))
             self._owner.begins(self, step, seconds)
-            yield self._env.timeout(seconds)
+            yield from self._owner.company.compute(seconds)
             self._finish(step)
 
     def _work(self, step: Step) -> StepWork:
