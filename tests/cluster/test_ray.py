@@ -156,7 +156,7 @@ def test_a_lost_router_or_head_node_gives_clean_errors_and_comes_back(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--prefill-workers", "0"), "at least 1 of each role"),
+        (("--prefill-workers", "1", "--decode-workers", "0"), "--decode-workers 0 is out of range; give at least 1"),
         (("--prefill-workers", "1", "--ray-address", "127.0.0.1:1"), "no Ray cluster answers at 127.0.0.1:1"),
         (("--prefill-workers", "2", "--decode-workers", "2", "--threads", "4096"), "ask for fewer workers or threads"),
         (("--link-gbps", "1"), "give --prefill-workers"),
