@@ -3,6 +3,7 @@
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from kvfold.planner.prefix import Key
 
@@ -135,34 +136,24 @@ class SimMemory:
 
     def _hold(self, node: Shared | None, user: bool) -> None:
         """One more holder; the first one holds what the pages continue, too, and the first user uses it."""
-        at = node
-        while at is not None:
-            at.holders += 1
-            if at.holders > 1:
-                break
-            self.in_use += at.pages
-            at = at.parent
-        at = node if user else None
-        while at is not None:
-            at.users += 1
-            if at.users > 1:
-                break
-            self.busy += at.pages
-            at = at.parent
+        self.in_use += _counted(node, "holders", 1)
+        self.busy += _counted(node, "users", 1) if user else 0
 
     def _drop(self, node: Shared | None, user: bool) -> None:
         """One holder less."""
-        at = node if user else None
-        while at is not None:
-            at.users -= 1
-            if at.users:
-                break
-            self.busy -= at.pages
-            at = at.parent
-        at = node
-        while at is not None:
-            at.holders -= 1
-            if at.holders:
-                break
-            self.in_use -= at.pages
-            at = at.parent
+        self.in_use -= _counted(node, "holders", -1)
+        self.busy -= _counted(node, "users", -1) if user else 0
+
+
+def _counted(node: Shared | None, who: Literal["holders", "users"], by: Literal[1, -1]) -> int:
+    """Counts one more or one less, and up from there as long as it is the first or was the last. Returns the pages of
+    those."""
+    pages, alone = 0, int(by > 0)
+    while node is not None:
+        count = getattr(node, who) + by
+        setattr(node, who, count)
+        if count != alone:
+            break
+        pages += node.pages
+        node = node.parent
+    return pages
