@@ -24,6 +24,7 @@ def cross(source: Engine, target: Engine, request_id: str, completions: int = 1,
         wire.check(body, checksum)
         if number < outgoing.parts - 1:
             arriving.extents.write(target.memory.pool, number, body)
+            assert np.array_equal(arriving.extents.read(target.memory.pool, number), sent)
     source.handovers.release(request_id)
     return arriving, msgspec.msgpack.decode(body.tobytes(), type=wire.Tail)
 

@@ -61,7 +61,7 @@ def test_parts_are_what_the_wire_carries(method: str, windows: tuple[int | None,
     tables.take(pool, length)
     extents = tables.extents(length)
     assert PageArithmetic(layout, 512).parts(length, length) == tuple(
-        extents.size(layer) + FRAME_BYTES for layer in range(extents.layers)
+        len(extents.read(pool, layer)) + FRAME_BYTES for layer in range(extents.layers)
     )
 
 

@@ -24,7 +24,7 @@ class Transport(Protocol):
     def address(self) -> str: ...
 
     def fetch(self, address: str, request_id: str, sizes: Sequence[int]) -> Iterator[Part]:
-        """The layers' bytes, then the tail's, checked. sizes: of the layers.
+        """The layers' bytes, then the tail's, checked. sizes: the most bytes of each layer.
 
         Raises TransferError where the other worker is gone, is silent for too long, or sends something else.
         """
@@ -55,7 +55,7 @@ def expected_size(number: int, sizes: Sequence[int], frame: bytes) -> tuple[int,
     found, size, checksum = wire.read_frame(frame)
     if found == wire.ERROR and size <= 2**16:
         return size, checksum, True
-    fits = size == sizes[number] if number < len(sizes) else size <= wire.MOST_TAIL
+    fits = size <= (sizes[number] if number < len(sizes) else wire.MOST_TAIL)
     if found != number or not fits:
         raise TransferError(f"part {found} of {size} bytes arrived in the place of part {number}; it is sent again")
     return size, checksum, False

@@ -123,7 +123,7 @@ class WorkerLoop(EngineLoop):
     def _fetch(self, incoming: _Incoming) -> None:
         """In a thread of its own: the cache's parts into its pages."""
         extents, pool = incoming.arriving.extents, self._engine.memory.pool
-        sizes = [extents.size(layer) for layer in range(extents.layers)]
+        sizes = [extents.most(layer) for layer in range(extents.layers)]
         try:
             parts = self._transport.fetch(incoming.fetch.source, incoming.fetch.add.id, sizes)
             for number, part in enumerate(parts):
@@ -134,7 +134,7 @@ class WorkerLoop(EngineLoop):
                     extents.write(pool, number, part)
                 else:
                     incoming.tail = msgspec.msgpack.decode(part.tobytes(), type=wire.Tail)
-        except (TransferError, msgspec.MsgspecError) as error:
+        except (TransferError, msgspec.MsgspecError, ValueError) as error:
             incoming.error = str(error)
         except Exception as error:  # a defect: whoever waits must hear of it
             incoming.error = f"{type(error).__name__}: {error}"

@@ -166,7 +166,9 @@ class StagedTables:
         shape = (self.layout.heads, used.shape[0] * used.shape[2])
         pages: Pages = self.pages_of[:, :, : used.shape[2]].transpose(1, 0, 2).reshape(shape)
         by_head: Index = used.transpose(1, 0, 2).reshape(shape)
-        return Extents.of(self.layout.layers, pages, by_head)
+        # Without other tracks the first one is the whole cache, and as large as the method is meant to leave it.
+        recent = np.arange(shape[1]) < (used.shape[2] if self.layout.coded else 0)
+        return Extents.of(self.layout.layers, pages, by_head, recent, self.layout.raw.key.raw_bits // 8)
 
     def take(self, pool: PagePool, length: int) -> None:
         """Empty tables whose `rows` are set get their pages, whose bytes the caller brings.

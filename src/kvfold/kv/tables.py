@@ -93,7 +93,9 @@ class PageTables:
         """What is in use of the pages once `length` tokens are held, for which room has been made."""
         near, far = self._used(length)
         pages = np.concatenate([self.near, self.far[:, : far.shape[1]]], 1)
-        return Extents.of(self.layout.layers, pages, np.concatenate([near, far], 1))
+        recent = np.arange(pages.shape[1]) < self.near.shape[1]
+        width = self.layout.near.key.raw_bits // 8
+        return Extents.of(self.layout.layers, pages, np.concatenate([near, far], 1), recent, width)
 
     def take(self, pool: PagePool, length: int) -> None:
         """Empty tables get the pages of `length` tokens, whose bytes the caller brings.

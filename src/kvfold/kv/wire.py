@@ -1,10 +1,10 @@
 """How a sequence's cache crosses from one worker to another: a header, one part per layer, and a tail.
 
     header   what it is (version, model, method, calibration, layout) and how long: enough to make room for it
-    layer l  the bytes in use of the layer's pages, page after page (`Extents`)
+    layer l  the bytes in use of the layer's pages, page after page, recent rows packed (`Extents`)
     tail     what a staged sequence holds beside its pages, and the tokens that were sampled
 
-Pages travel as they are, so what arrives is what was stored. Each travels in a frame: magic, version, number, size and
+What arrives is what was stored, bit for bit. Each part travels in a frame: magic, version, number, size and
 CRC-32, in 20 bytes.
 """
 
@@ -22,7 +22,7 @@ from kvfold.kv.staged import StagedLayout
 from kvfold.kv.staged_tables import StagedTables
 from kvfold.kv.tables import PageTables
 
-VERSION = 1
+VERSION = 2
 HEADER = 0xFFFF  # the header's number; layers count from 0, and the tail's follows the last layer's
 ERROR = 0xFFFE  # instead of a part: a sentence that says why there is none
 MOST_TAIL = 2**30

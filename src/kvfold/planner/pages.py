@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 
 from kvfold.engine.memory import GROWTH
+from kvfold.kv.exponents import packed_size
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.staged import StagedLayout
 from kvfold.kv.wire import FRAME_BYTES
@@ -89,7 +90,8 @@ class PageArithmetic:
         gone = layout.live_rows(length) // layout.capacity * layout.capacity  # pages that every window left behind
         far = -(-(layout.far_tokens(length) - gone) // block) * size
         near = layout.near_slots(length) * layout.near.block_bytes
-        used = (far + near).reshape(layout.layers, layout.kv_heads).sum(1)
+        recent = packed_size(near * layout.kv_heads, layout.near.key.raw_bits // 8) if near else 0
+        used = far.reshape(layout.layers, layout.kv_heads).sum(1) + recent
         return tuple((used + FRAME_BYTES).tolist())
 
     def _count_full(self, length: int) -> int:
