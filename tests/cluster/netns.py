@@ -3,14 +3,14 @@
 import os
 import shutil
 import subprocess
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
-LINE = ("delay", "10ms", "2ms", "rate", "50mbit", "loss", "1%")
-WITHOUT_NETEM = ("rate", "50mbit", "burst", "64kb", "latency", "1s")
+from tests.cluster import line
+
+NETEM = ("delay", "10ms", "2ms", "rate", "50mbit", "loss", "1%")  # as in `line`
 
 
 def run(*command: str, check: bool = True, **environment: str) -> None:
@@ -32,27 +32,35 @@ def second_host(name: str, here: str, there: str) -> Iterator[tuple[str, ...]]:
     with ExitStack() as stack:
         stack.callback(run, "ip", "netns", "del", name, check=False)
         try:
-            run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
-            run("ip", "addr", "add", f"{here}/30", "dev", near)
-            run("ip", "link", "set", near, "up")
-            run(*inside, "ip", "addr", "add", f"{there}/30", "dev", far)
-            run(*inside, "ip", "link", "set", far, "up")
+            limited = _lay(stack, near, far)
+            run("ip", "link", "set", far, "netns", name)
+            if not limited:  # a device that moves loses its queueing discipline
+                run(*inside, *_netem(far))
+            for place, device, address in (((), near, here), (inside, far, there)):
+                run(*place, "ip", "addr", "add", f"{address}/30", "dev", device)
+                run(*place, "ip", "link", "set", device, "up")
             run(*inside, "ip", "link", "set", "lo", "up")
-            for place, device in (((), near), (inside, far)):
-                _limit(place, device)
-        except AssertionError as error:
+        except (AssertionError, OSError) as error:
             pytest.skip(f"no line can be laid between namespaces here: {error}")
         yield inside
 
 
-def _limit(place: tuple[str, ...], device: str) -> None:
-    """Delays, limits and loses what a device sends; without netem in the kernel it only limits."""
-    command = (*place, "tc", "qdisc", "add", "dev", device, "root")
+def _lay(stack: ExitStack, near: str, far: str) -> bool:
+    """Two devices with a line between them: the kernel's where it has netem, else one of our own. Returns whether the
+    far end is limited, too."""
+    run("ip", "link", "add", near, "type", "veth", "peer", "name", far)
+    stack.callback(run, "ip", "link", "del", near, check=False)
     try:
-        run(*command, "netem", *LINE)
+        run(*_netem(near))
     except AssertionError:
-        warnings.warn("this kernel has no netem: the line has a rate, but no delay and no loss", stacklevel=2)
-        run(*command, "tbf", *WITHOUT_NETEM)
+        run("ip", "link", "del", near)
+        stack.enter_context(line.line(near, far))
+        return True
+    return False
+
+
+def _netem(device: str) -> tuple[str, ...]:
+    return ("tc", "qdisc", "add", "dev", device, "root", "netem", *NETEM)
 
 
 def _why_not(name: str) -> str | None:

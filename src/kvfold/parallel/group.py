@@ -119,10 +119,12 @@ class SequenceParallel:
         self._order({"do": "usage"})
         return self._usage()
 
-    def close(self) -> None:
-        """Lets the other ranks go and gives back all pages."""
+    def close(self, patience: float = 5.0) -> None:
+        """Lets the other ranks go, waiting up to `patience` seconds until they know it, and gives back all pages."""
         self._forget()
         self._order({"do": "close"})
+        if patience:
+            self._orders.await_others(self.ranks, patience)
 
     def follow(self) -> None:
         """Does what rank 0 says until it closes."""
@@ -141,6 +143,7 @@ class SequenceParallel:
                 self._usage()
             else:
                 self._forget()
+                self._orders.heard_last()
                 return
 
     def check_integrity(self) -> None:

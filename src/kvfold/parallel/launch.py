@@ -82,9 +82,12 @@ def _rank_zero(config: ParallelConfig, loaded: Loaded, store: TCPStore) -> Itera
         parallel = _sequence_parallel(config, loaded, group, store)
         try:
             yield parallel, loaded
-        finally:
+        except BaseException:
             with contextlib.suppress(ParallelError):
-                parallel.close()
+                parallel.close(patience=0)  # the others may never hear it: they wait for what this one was to send
+            raise
+        with contextlib.suppress(ParallelError):
+            parallel.close()
 
 
 def _sequence_parallel(

@@ -1,5 +1,6 @@
 """What is to be done, from rank 0 to the others, through the store that brought them together."""
 
+import contextlib
 import json
 from datetime import timedelta
 from typing import Any, Protocol
@@ -45,6 +46,17 @@ class Orders:
         for number in range(self._deleted, self._count):
             self._store.delete_key(f"order/{number}")
         self._deleted = self._count
+
+    def heard_last(self) -> None:
+        """Says that this rank has read the last order and needs the store no longer."""
+        with contextlib.suppress(RuntimeError):  # rank 0 has waited long enough
+            self._store.set(f"left/{self._rank}", "yes")
+
+    def await_others(self, ranks: int, patience: float) -> None:
+        """Waits until all other ranks have `heard_last`, because the store may end with this process; no longer than
+        `patience` seconds."""
+        with contextlib.suppress(RuntimeError):
+            self._store.wait([f"left/{rank}" for rank in range(1, ranks)], timedelta(seconds=patience))
 
     def next(self) -> Order:
         """Waits for the next order."""
