@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.cluster import worker_loop
 from kvfold.kv.layout import CacheLayout
 from kvfold.kv.pool import PagePool
 from kvfold.kv.staged import StagedLayout
@@ -13,7 +12,6 @@ from kvfold.kv.wire import FRAME_BYTES
 from kvfold.methods.base import CacheShape
 from kvfold.methods.registry import build_method
 from kvfold.planner.document import EngineLimits, MethodProfile
-from kvfold.planner.handover import FETCHES
 from kvfold.planner.latency import DecodeCost, LatencyModel, PrefillCost, TransferCost
 from kvfold.planner.pages import PageArithmetic
 from kvfold.planner.placement import Link, Placement
@@ -118,7 +116,6 @@ def test_caches_that_leave_together_share_the_line() -> None:
     alone = 8 * records[0].wire_bytes / 1e6
     assert max(ends) == pytest.approx(3 * alone - STEP * (LAYERS - 1) / LAYERS)
     assert min(ends) > max(ends) - 3 * alone / LAYERS
-    assert FETCHES == worker_loop.FETCHES
 
 
 def test_staged_caches_leave_when_the_prompt_is_compressed() -> None:

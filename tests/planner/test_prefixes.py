@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from kvfold.benchmark.trace import TraceRequest
 from kvfold.cluster import members
 from kvfold.model.loading import LoadedModel, load_model
-from kvfold.planner import routing
 from kvfold.planner.document import EngineLimits
 from kvfold.planner.memory import Held, SimMemory
 from kvfold.planner.placement import Placement
@@ -102,7 +101,6 @@ def test_a_prompt_goes_to_who_has_read_its_beginning(placement: Placement) -> No
     records = simulate(asked, placement, method_profile(), EngineLimits(), 2**28).records
     assert [r.prefill_worker for r in records] == [0, 1, 1, 0]
     assert [r.cached_tokens for r in records] == [0, 0, 3 * 512, 3 * 512]
-    assert routing.MOST_PREFIXES == members.MOST_PREFIXES
     assert EngineLimits().prefix_block == members.PREFIX_BLOCK
 
 

@@ -1,6 +1,5 @@
 """The workers of a cluster as its router sees them."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,13 +8,13 @@ from kvfold.cluster.messages import WorkerReady, WorkerReport
 from kvfold.cluster.options import Role
 from kvfold.config.engine import EngineConfig
 from kvfold.engine.memory import GROWTH
+from kvfold.engine.read_blocks import ReadBlocks
 from kvfold.engine.stats import WorkerStats
 from kvfold.kv.prefix import prefix_digests
 
 Block = tuple[int, bytes]
 """A lane, and the digest of a prompt's first tokens up to a snapshot's length."""
 PREFIX_BLOCK = EngineConfig.prefix_block  # workers' engines leave it as it is
-MOST_PREFIXES = 4096  # blocks that are remembered of a worker
 
 
 class WorkerGone(Exception):
@@ -55,7 +54,7 @@ class Member:
     fetched_bytes: int = 0
     fetched_seconds: float = 0.0
     lost: int = 0
-    _prefixes: OrderedDict[Block, None] = field(default_factory=OrderedDict)
+    read: ReadBlocks[Block] = field(default_factory=ReadBlocks)
 
     @property
     def load(self) -> float:
@@ -65,24 +64,7 @@ class Member:
     def gone(self) -> None:
         """Nothing that it knew is there any more."""
         self.link = self.ready = self.report = None
-        self._prefixes.clear()
-
-    def known(self, blocks: Sequence[Block]) -> int:
-        """How many of a prompt's blocks, from the first, it has read before and may still hold."""
-        count = 0
-        for block in blocks:
-            if block not in self._prefixes:
-                break
-            count += 1
-        return count
-
-    def remember(self, blocks: Sequence[Block]) -> None:
-        """It reads a prompt with these blocks."""
-        for block in blocks:
-            self._prefixes[block] = None
-            self._prefixes.move_to_end(block)
-        while len(self._prefixes) > MOST_PREFIXES:
-            self._prefixes.popitem(last=False)
+        self.read = ReadBlocks()
 
     def cost(self, lane: int, tokens: int) -> float:
         """KV bytes that a request of so many tokens takes here."""
@@ -119,7 +101,7 @@ def choose_reader(members: Sequence[Member], lane: int, tokens: int, blocks: Seq
     """Who is done with a prompt first: the bytes that wait there, and those of the prompt that are not there yet."""
 
     def until_done(member: Member) -> float:
-        fresh = tokens - member.known(blocks) * PREFIX_BLOCK
+        fresh = tokens - member.read.known(blocks) * PREFIX_BLOCK
         return member.load + member.cost(lane, fresh)
 
     return min(members, key=until_done)

@@ -215,7 +215,7 @@ class Router:
         apart = bool(readers and writers) and not (job.begun and job.add.params.n > 1)
         blocks = prefix_blocks(lane, job.add.prompt_token_ids)
         member = choose_reader(readers if apart else writers or readers, lane, tokens, blocks)
-        member.remember(blocks)
+        member.read.remember(blocks)
         if apart:
             job.reader = member
         else:

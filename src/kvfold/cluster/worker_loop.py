@@ -13,13 +13,11 @@ import msgspec
 from kvfold.cluster.messages import Fetch, Fetched, Lost, Offer, Release, WorkerReport
 from kvfold.cluster.transport import Transport
 from kvfold.engine.engine import Engine
-from kvfold.engine.handover import Arriving, Outgoing
+from kvfold.engine.handover import FETCHES, Arriving, Outgoing
 from kvfold.errors import KvfoldError, TransferError
 from kvfold.kv import wire
 from kvfold.server.engine_process import EngineLoop
 from kvfold.server.messages import Abort, Rejected
-
-FETCHES = 8  # caches that arrive at once
 
 
 class Inbox:

@@ -22,6 +22,7 @@ from kvfold.kv.staged_state import dump_state, load_state
 from kvfold.kv.staged_tables import StagedTables
 
 Part = NDArray[np.uint8]
+FETCHES = 8  # caches that an engine takes over at once
 
 
 class Outgoing:

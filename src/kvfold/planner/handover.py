@@ -11,9 +11,6 @@ from kvfold.planner.memory import Held
 from kvfold.planner.placement import Link
 from kvfold.planner.scheduler import SimSequence
 
-FETCHES = 8
-"""Caches that a decode worker pulls at once, as in `kvfold.cluster.worker_loop`."""
-
 
 @dataclass(eq=False)
 class Handover:

@@ -1,15 +1,12 @@
 """Who gets what: the choices of the cluster's router (`kvfold.cluster.members`), in tokens instead of bytes, because
 all simulated workers have one method."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from kvfold.engine.memory import GROWTH
+from kvfold.engine.read_blocks import ReadBlocks
 from kvfold.planner.prefix import Key
 from kvfold.planner.scheduler import SimSequence
-
-MOST_PREFIXES = 4096
-"""Blocks that are remembered of a worker, as in `kvfold.cluster.members`."""
 
 
 class Router:
@@ -19,20 +16,15 @@ class Router:
     def __init__(self, workers: int, block: int) -> None:
         self._block = block
         self._load = [0] * workers
-        self._prefixes: list[OrderedDict[Key, None]] = [OrderedDict() for _ in range(workers)]
+        self._read: list[ReadBlocks[Key]] = [ReadBlocks() for _ in range(workers)]
 
     def reader(self, sequence: SimSequence, workers: Sequence[int]) -> int:
         """Who is done with a prompt first: what waits there, and what of the prompt is not there yet; the first of
         equals."""
         name, lengths = sequence.name, range(self._block, sequence.prompt + 1, self._block)
         blocks = [] if name is None else [name.prefix(length) for length in lengths]
-        found = min(workers, key=lambda number: self._load[number] - self._known(number, blocks) * self._block)
-        prefixes = self._prefixes[found]
-        for block in blocks:
-            prefixes[block] = None
-            prefixes.move_to_end(block)
-        while len(prefixes) > MOST_PREFIXES:
-            prefixes.popitem(last=False)
+        found = min(workers, key=lambda number: self._load[number] - self._read[number].known(blocks) * self._block)
+        self._read[found].remember(blocks)
         return self._give(sequence, found)
 
     def writer(self, sequence: SimSequence, workers: Sequence[int]) -> int:
@@ -42,11 +34,6 @@ class Router:
     def done(self, sequence: SimSequence, number: int) -> None:
         """A worker has nothing more to do for a request."""
         self._load[number] -= sequence.prompt + GROWTH
-
-    def _known(self, number: int, blocks: Sequence[Key]) -> int:
-        """How many of a prompt's blocks, from the first, a worker has read before and may still hold."""
-        prefixes = self._prefixes[number]
-        return next((count for count, block in enumerate(blocks) if block not in prefixes), len(blocks))
 
     def _give(self, sequence: SimSequence, number: int) -> int:
         self._load[number] += sequence.prompt + GROWTH

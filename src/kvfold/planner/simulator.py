@@ -14,9 +14,10 @@ from typing import Any
 import simpy
 
 from kvfold.benchmark.trace import TraceRequest
+from kvfold.engine.handover import FETCHES
 from kvfold.planner.company import Company, Surroundings
 from kvfold.planner.document import EngineLimits, MethodProfile
-from kvfold.planner.handover import FETCHES, Handover, Wire, layers_ready
+from kvfold.planner.handover import Handover, Wire, layers_ready
 from kvfold.planner.memory import Held
 from kvfold.planner.pages import PageArithmetic
 from kvfold.planner.placement import Link, Placement
