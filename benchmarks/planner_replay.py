@@ -92,7 +92,7 @@ def replay(
         while waiting and waiting[0][1].at <= now:
             index, request = waiting.pop(0)
             seed = next(SEEDS)
-            ids = [(7919 * seed + 31 * t) % vocab for t in range(request.input_tokens)]
+            ids = prompt(seed, request.input_tokens, vocab)
             params = SamplingParams(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True)
             key = engine.add_request(ids, params, lane=lane, context=len(ids))
             records[key] = RequestRecord(index, request.at, request.input_tokens, request.output_tokens, None, None)
@@ -110,6 +110,11 @@ def replay(
     ordered = tuple(sorted(records.values(), key=lambda record: record.index))
     pool = engine.memory.pool
     return SimulationResult(ordered, (pool.peak_in_use,), pool.page_bytes, steps, 0, now, True)
+
+
+def prompt(seed: int, length: int, vocab: int) -> list[int]:
+    """Token ids that no other seed's begin with."""
+    return [(7919 * seed + 31 * t) % vocab for t in range(length)]
 
 
 def row(result: SimulationResult, limits: Limits) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ from kvfold.cluster.worker_loop import Inbox, WorkerLoop
 from kvfold.engine.engine import Engine
 from kvfold.engine.handover import Part
 from kvfold.errors import TransferError
-from kvfold.server.messages import Abort, Add, Ready, Rejected, Updates, encode
+from kvfold.server.messages import Abort, Add, Ready, Rejected, Update, Updates, encode
 
 SECRET = bytes(32)
 PATIENCE = 60.0  # seconds for what takes one; a shared core may be slow
@@ -147,18 +147,22 @@ class Cluster:
     async def ask(self, add: Add, tokens: list[list[int]] | None = None) -> list[list[int]] | Rejected:
         """Token ids of all completions, or the refusal. tokens: filled as they come."""
         said = [[] for _ in range(add.params.n)] if tokens is None else tokens
-        texts = [""] * add.params.n
-        queue = self._answers[add.id] = asyncio.Queue()
-        self.router.handle(add)
-        while True:
-            event = await asyncio.wait_for(queue.get(), PATIENCE)
+        async for event in self.events(add):
             if isinstance(event, Rejected):
                 return event
             for piece in event.pieces:
                 said[piece.index] += piece.token_ids
-                texts[piece.index] += piece.text
-            if event.finished:
-                return said
+        return said
+
+    async def events(self, add: Add, patience: float = PATIENCE) -> AsyncIterator[Update | Rejected]:
+        """What is said of a request, until it has ended."""
+        queue = self._answers[add.id] = asyncio.Queue()
+        self.router.handle(add)
+        ended = False
+        while not ended:
+            event = await asyncio.wait_for(queue.get(), patience)
+            ended = isinstance(event, Rejected) or event.finished
+            yield event
 
     def cancel(self, request_id: str) -> None:
         self.router.handle(Abort(request_id))
