@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.local import Cluster, cluster
-
 from benchmarks.planner_replay import SEEDS, build, prompt, row
 from kvfold.benchmark.trace import TraceRequest
 from kvfold.cluster.tcp import TcpTransport
@@ -37,7 +35,7 @@ from kvfold.planner.records import Limits, RequestRecord, SimulationResult
 from kvfold.planner.simulator import simulate
 from kvfold.planner.workload import at_rate, load_requests
 from kvfold.server.messages import Add, Rejected
-
+from tests.cluster.local import Cluster, cluster
 
 PATIENCE = 600.0  # seconds without a token
 

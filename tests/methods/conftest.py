@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.conftest import tiny
-from tests.engine.tiny import SIZES, Tiny, save_tokenizer
 
 from kvfold.model.loading import load_model
+from tests.engine.conftest import tiny
+from tests.engine.tiny import SIZES, Tiny, save_tokenizer
 
 __all__ = ["grouped", "tiny"]
 

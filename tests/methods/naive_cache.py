@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tests.engine.tiny import greedy
 from torch import Tensor
 
 from kvfold.attention.reference import ReferenceBackend
 from kvfold.engine.engine import Engine
 from kvfold.kv.staged_tables import StagedTables
 from kvfold.methods.held import stored_rows
+from tests.engine.tiny import greedy
 
 
 @dataclass

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tests.methods.naive_cache import NaiveCache
 from torch import Tensor
+
+from tests.methods.naive_cache import NaiveCache
 
 Kept = dict[tuple[int, int], list[int]]
 Scores = dict[int, float]

@@ -4,9 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.engine.tiny import Tiny, tokens
-from tests.methods import naive_codecs as naive
-from tests.methods.naive_cache import NaiveCache, Recorder, read_prompt
 from torch import Tensor
 
 from kvfold.config.engine import EngineConfig
@@ -14,6 +11,9 @@ from kvfold.engine.engine import Engine
 from kvfold.engine.lane import build_lane
 from kvfold.methods.held import HeldRows, stored_rows
 from kvfold.methods.registry import build_method
+from tests.engine.tiny import Tiny, tokens
+from tests.methods import naive_codecs as naive
+from tests.methods.naive_cache import NaiveCache, Recorder, read_prompt
 
 GetTiny = Callable[[str], Tiny]
 PROMPT = 230

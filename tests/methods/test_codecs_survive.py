@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.engine.tiny import Tiny, greedy, run, tokens
 from torch import Tensor
 
 from kvfold.kv.pool import PagePool
 from kvfold.kv.staged_tables import StagedTables
 from kvfold.methods.held import HeldRows, stored_rows
 from kvfold.methods.staging import Staging
+from tests.engine.tiny import Tiny, greedy, run, tokens
 
 GetTiny = Callable[[str], Tiny]
 Snapshot = dict[tuple[int, int], Tensor]

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.tiny import Tiny, greedy, run, tokens
 from torch import Tensor
 
 from kvfold.attention.staged import StagedPlan
@@ -14,6 +13,7 @@ from kvfold.kv.staged import StagedLayout
 from kvfold.kv.staged_tables import StagedTables
 from kvfold.methods.held import HeldRows
 from kvfold.methods.policy import Policy
+from tests.engine.tiny import Tiny, greedy, run, tokens
 
 GetTiny = Callable[[str], Tiny]
 EVERY = 32

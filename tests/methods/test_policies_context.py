@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.engine.tiny import Tiny, generated, greedy, tokens
 
 from kvfold.engine.engine import Engine
 from kvfold.engine.outputs import RequestOutput
@@ -14,6 +13,7 @@ from kvfold.kv.pool import PagePool
 from kvfold.kv.staged_tables import StagedTables
 from kvfold.methods.held import stored_rows
 from kvfold.methods.staging import Staging
+from tests.engine.tiny import Tiny, generated, greedy, tokens
 
 GetTiny = Callable[[str], Tiny]
 CONTEXT, QUESTIONS = tokens(150, 1), [tokens(20, 2), tokens(33, 3)]

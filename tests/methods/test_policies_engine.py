@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.engine.tiny import Tiny, assert_same_but_for_rounding, generated, greedy, run, tokens
 
 from kvfold.engine.engine import Engine
 from kvfold.engine.outputs import RequestOutput
 from kvfold.engine.params import SamplingParams
+from tests.engine.tiny import Tiny, assert_same_but_for_rounding, generated, greedy, run, tokens
 
 GetTiny = Callable[[str], Tiny]
 METHODS = [

@@ -5,10 +5,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-from tests.engine.tiny import Tiny, tokens
-from tests.methods import naive_policies as naive
-from tests.methods import naive_unequal as unequal
-from tests.methods.naive_cache import NaiveCache, Recorder, follow, same_rows
 from torch import Tensor
 
 from kvfold.config.engine import EngineConfig
@@ -16,6 +12,10 @@ from kvfold.engine.engine import Engine
 from kvfold.engine.lane import build_lane
 from kvfold.kv.staged_tables import StagedTables
 from kvfold.methods.registry import build_method
+from tests.engine.tiny import Tiny, tokens
+from tests.methods import naive_policies as naive
+from tests.methods import naive_unequal as unequal
+from tests.methods.naive_cache import NaiveCache, Recorder, follow, same_rows
 
 GetTiny = Callable[[str], Tiny]
 PROMPT, GENERATED, EVERY = 120, 66, 32
