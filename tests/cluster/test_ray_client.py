@@ -8,6 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +42,31 @@ def free_port() -> int:
     return port
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[tuple[str, psutil.Process]]:
-    """Address and process of a head node. `ray stop` would stop the Ray of other tests, too."""
-    port = free_port()
-    place = ("--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--ray-client-server-port={port}")
+@contextmanager
+def head_node(port: int, own: int) -> Iterator[psutil.Process]:
+    """The process of a head node with Ray Client at `port`. `ray stop` would stop the Ray of other tests, too."""
+    place = ("--node-ip-address=127.0.0.1", f"--port={own}", f"--ray-client-server-port={port}")
     sizes = ("--num-cpus=2", "--object-store-memory=100000000", "--include-dashboard=false", "--disable-usage-stats")
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # sockets want a short path
         command = [str(BIN / "ray"), "start", "--head", "--block", *place, *sizes, f"--temp-dir={folder}"]
         process = psutil.Popen(command, env=os.environ | OWN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             wait_open(port)
-            yield f"ray://127.0.0.1:{port}", process
+            yield process
         finally:
             family = [*process.children(recursive=True), process]
             process.terminate()
             for each in psutil.wait_procs(family, timeout=5)[1]:
                 each.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[tuple[str, psutil.Process]]:
+    """Address and process of a head node."""
+    port = free_port()
+    with head_node(port, free_port()) as process:
+        yield f"ray://127.0.0.1:{port}", process
 
 
 def wait_open(port: int) -> None:
@@ -106,6 +115,34 @@ def test_a_foreign_cluster_serves_and_is_left_as_it_was(
     assert "Traceback" not in "".join(server.log)
     assert not psutil.wait_procs(workers, timeout=20)[1]
     assert process.is_running()
+
+
+def test_a_head_node_that_is_lost_gives_clean_errors_and_is_waited_for(
+    tiny_llama: Path, tmp_path: Path, expected: str
+) -> None:
+    port, own = free_port(), free_port()
+    place = ("--ray-address", f"ray://127.0.0.1:{port}", "--prefill-workers", "1", "--decode-workers", "1")
+    sizes = ("--kv-memory", "8MiB", "--dtype", "float32", "--threads", "1", "--served-model-name", "tiny")
+    asked = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "ignore_eos": True}
+    long = {**asked, "max_tokens": 400}
+    with ExitStack() as stack:
+        first = stack.enter_context(head_node(port, own))
+        server = stack.enter_context(RunningServer(tiny_llama, *place, *sizes, cache=tmp_path, **OWN))
+        with server.client(timeout=120.0) as client, ThreadPoolExecutor() as threads:
+            answer = threads.submit(client.post, "/v1/completions", json=long)
+            time.sleep(0.5)
+            for each in [first, *first.children(recursive=True)]:
+                each.kill()
+            answered = answer.result()
+            assert answered.status_code == 200 or answered.json()["error"]["code"] in (
+                "engine_died",
+                "engine_not_ready",
+            )
+            stack.enter_context(head_node(port, own))
+            server.wait_ready()
+            assert "Traceback" not in "".join(server.log)
+            again = client.post("/v1/completions", json={**asked, "max_tokens": 20})
+        assert again.json()["choices"][0]["text"] == expected
 
 
 def test_an_address_that_does_not_answer_is_said_in_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:

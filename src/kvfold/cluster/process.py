@@ -17,9 +17,12 @@ import zmq.asyncio
 
 from kvfold.cluster.options import ClusterOptions
 from kvfold.cluster.ray_workers import RayWorkers
+from kvfold.cluster.reason import first_line
 from kvfold.cluster.router import Router
 from kvfold.errors import ClusterError
 from kvfold.server.messages import Loading, Refused, decode_command, encode
+
+log = logging.getLogger("kvfold.cluster")
 
 RETURN_SECONDS = 120.0  # for a head node that was there before
 PARENT_SECONDS = 1.0  # between looks at whether the API process lives
@@ -41,7 +44,8 @@ async def _until_told(stop: asyncio.Event) -> None:
 
 
 async def route(socket: zmq.asyncio.Socket, workers: RayWorkers, options: ClusterOptions, methods: list[str]) -> None:
-    """Serves until the API process is gone or SIGTERM comes. Raises ClusterError where workers cannot be started."""
+    """Serves until the API process is gone or SIGTERM comes. Raises ClusterError where workers cannot be started, and
+    ConnectionError where Ray Client's head node is lost."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
 
@@ -54,19 +58,20 @@ async def route(socket: zmq.asyncio.Socket, workers: RayWorkers, options: Cluste
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-    except* ClusterError as group:
+    except* (ClusterError, ConnectionError) as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        raise ClusterError(str(error)) from None
+        raise error from None
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def run_router(address: str, options: dict[str, Any], restarts: int = 0) -> None:
-    """options: `engine`, the arguments of `LLM`, and `cluster`, those of `ClusterOptions`. restarts: so far."""
+async def run_router(address: str, options: dict[str, Any], restarts: int = 0) -> int:
+    """Returns the exit code. options: `engine`, the arguments of `LLM`, and `cluster`, those of `ClusterOptions`;
+    restarts: so far."""
     context = zmq.asyncio.Context()
     socket: zmq.asyncio.Socket = context.socket(zmq.PAIR)
     socket.set_hwm(0)
@@ -79,14 +84,18 @@ async def run_router(address: str, options: dict[str, Any], restarts: int = 0) -
         await route(socket, workers, cluster, options["engine"]["kv"])
     except ClusterError as error:
         await socket.send(encode(Refused(str(error))))
+    except ConnectionError as error:
+        log.error("the head node at %s is lost (%s)", cluster.ray_address, first_line(error))
+        return 1
     finally:
         if workers is not None:
             workers.close()
         socket.close(linger=1000)
         context.term()
+    return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the API process decides what an interrupt means
     logging.basicConfig(stream=sys.stderr, level="INFO", format="%(asctime)s %(levelname)s %(message)s", datefmt="%X")
-    asyncio.run(run_router(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(asyncio.run(run_router(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))))

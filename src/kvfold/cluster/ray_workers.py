@@ -33,23 +33,23 @@ PLACE_SECONDS = 30.0  # for resources that others may be about to give back
 
 
 class RayLink:
-    """The way to one actor."""
+    """The way to one actor. Everything raises ConnectionError once Ray Client has lost its head node."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
     def send(self, command: bytes) -> None:
         """See `Link.send`."""
-        self._actor.send.remote(command)  # calls of one caller begin in their order
+        _call(self._actor.send, command)  # calls of one caller begin in their order
 
     async def receive(self) -> list[bytes]:
         """See `Link.receive`."""
-        events: list[bytes] = await _or_gone(self._actor.receive.remote())
+        events: list[bytes] = await _or_gone(_call(self._actor.receive))
         return events
 
     async def ping(self) -> None:
         """See `Link.ping`."""
-        await _or_gone(self._actor.ping.remote())
+        await _or_gone(_call(self._actor.ping))
 
     def kill(self) -> None:
         """See `Link.kill`."""
@@ -105,13 +105,14 @@ class RayWorkers:
         options = {**self._options, "threads": self.threads}
         transport = (cluster.transport, self._secret, cluster.link_gbps, cluster.stall_seconds)
         made = actor.remote(unique, options, *transport)
-        await _or_gone(made.start.remote())
+        await _or_gone(_call(made.start))
         return RayLink(made)
 
     def close(self) -> None:
         """Ends all workers, and Ray where it was started here."""
-        remove_placement_group(self._group)
-        ray.shutdown()
+        if ray.is_initialized():  # else Ray would join or start some cluster to look for the group in
+            remove_placement_group(self._group)
+            ray.shutdown()
 
     def _threads(self) -> int:
         """Of each worker, so that they share the smallest node's cores."""
@@ -178,6 +179,15 @@ def _refusal(address: str | None, error: Exception) -> ClusterError:
         return ClusterError(f"{address} could not serve one more client; try again, or see docs/cluster.md: Ray Client")
     token = ", and RAY_AUTH_MODE if it wants a token" if address.startswith("ray://") else ""
     return ClusterError(f"no Ray cluster answers at {address} ({why}); check --ray-address{token}")
+
+
+def _call(method: Any, *arguments: Any) -> Any:
+    try:
+        return method.remote(*arguments)
+    except Exception as error:  # Ray Client has no type of its own for this
+        if ray.is_initialized():
+            raise
+        raise ConnectionError(first_line(error)) from error
 
 
 async def _or_gone(reference: Any) -> Any:
