@@ -42,7 +42,7 @@ class Extents:
 
     def size(self, layer: int) -> int:
         """Bytes that one layer has in use."""
-        return int(self.used[self._of(layer)].sum())
+        return int(self.used[self.starts[layer] : self.starts[layer + 1]].sum())
 
     def most(self, layer: int) -> int:
         """Bytes that `read` gives at the most."""
@@ -52,10 +52,11 @@ class Extents:
         """The bytes of one layer, page after page, recent rows first and packed."""
         data = pool.data.numpy()
         packed, plain = (
-            _joined([data[page, :n] for page, n in zip(self.pages[at], self.used[at], strict=True)])
-            for at in self._split(layer)
+            [data[page, :n] for page, n in zip(self.pages[at], self.used[at], strict=True)] for at in self._split(layer)
         )
-        return np.concatenate([exponents.pack(packed, self.width), plain]) if len(packed) else plain
+        if packed:
+            plain = [exponents.pack(np.concatenate(packed), self.width), *plain]
+        return np.concatenate(plain) if plain else np.empty(0, np.uint8)
 
     def write(self, pool: PagePool, layer: int, found: Bytes) -> None:
         """Puts what `read` gave into these pages. Raises ValueError for other bytes, writing nothing."""
@@ -72,14 +73,7 @@ class Extents:
                 data[page, :n] = source[start : start + n]
                 start += int(n)
 
-    def _of(self, layer: int) -> slice:
-        return slice(self.starts[layer], self.starts[layer + 1])
-
     def _split(self, layer: int) -> tuple[Index, Index]:
         """A layer's pages of recent rows, and the others."""
         mine = np.arange(self.starts[layer], self.starts[layer + 1])
         return mine[self.recent[mine]], mine[~self.recent[mine]]
-
-
-def _joined(pieces: list[Bytes]) -> Bytes:
-    return np.concatenate(pieces) if pieces else np.empty(0, np.uint8)
