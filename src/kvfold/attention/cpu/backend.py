@@ -15,7 +15,7 @@ from kvfold.native.library import find_kernels, kernels_name
 
 # New tokens of a sequence that torch's fused kernel serves faster than kernels without AVX-512; where codes are sealed
 # and read back, torch takes more time for those.
-MANY, MANY_CODED = 16, 128
+MANY, MANY_CODED = 64, 128
 
 Layout = CacheLayout | StagedLayout
 Formats = SealedFormats | StagedFormats | None

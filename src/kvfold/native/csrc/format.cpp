@@ -42,8 +42,10 @@ Row make_row(const int32_t*& words, int block, bool key) {
     row.sums = *words++ != 0;
     row.kept = *words++;
     row.unit = std::min(block, kUnit);
+    const int sharing = std::max(1, row.kept / row.groups);
     for (int i = 0; i < row.kept; ++i) {
         const int bits = *words++;
+        if (i % sharing == 0 || bits != row.widths.back()) row.parts.push_back(i);
         row.raw += bits >= 16;
         if (bits >= 16) row.raw_bits = bits;
         row.widths.push_back(uint8_t(bits));
@@ -52,6 +54,7 @@ Row make_row(const int32_t*& words, int block, bool key) {
         row.bits += bits < 16 ? bits : 0;
         row.unit_bytes += bits * row.unit / 8;
     }
+    row.parts.push_back(row.kept);
     row.scales = row.unit_bytes * block / row.unit;
     if (block < kUnit || !row.kept) {
         row.fast = !row.kept || (block == 1 && !row.coded() && row.raw_bits == 16);

@@ -37,6 +37,7 @@ struct Row {
     int unit_bytes = 0;             // codes of one unit
     int scales = 0;                 // byte offset of the scales from the start of the row's part of a block
     std::vector<Quad> quads;        // coded dimensions, four at a time; a group begins a new one
+    std::vector<int32_t> parts;     // dimensions [parts[i], parts[i + 1]) have one width and are of one group
     std::vector<int32_t> spans;     // quads [spans[i], spans[i + 1]) share their scales
     bool fast = false;              // whether the vector kernels take it
 

@@ -6,16 +6,20 @@
 
 #include "kernels.h"
 #include "linear.h"
-#ifdef __AVX512VNNI__
+#if defined __AVX512VNNI__
 #include "linear_vnni.h"
+#elif defined __AVX2__
+#include "linear_avx2.h"
+#include "linear_plain.h"
 #else
 #include "linear_portable.h"
+#include "linear_plain.h"
 #endif
 
 namespace kvfold {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kSums = 16;
 
 // e^x to about 2e-7 of itself, in operations that compilers vectorise.
 inline float exp_of(float x) {
@@ -64,10 +68,10 @@ void activate(float* x, const float* up, int64_t n) {
 // Sixteen sums side by side, which is what vector units add.
 template <class F>
 float sum_of(int64_t n, F term) {
-    float lanes[kLanes] = {};
+    float lanes[kSums] = {};
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-        for (int j = 0; j < kLanes; ++j) lanes[j] += term(i + j);
+    for (; i + kSums <= n; i += kSums)
+        for (int j = 0; j < kSums; ++j) lanes[j] += term(i + j);
     float total = 0;
     for (; i < n; ++i) total += term(i);
     for (float lane : lanes) total += lane;
@@ -90,9 +94,9 @@ void quantise(const kvfold_linear& l, const Inputs& in, int64_t token, const flo
     const int64_t at = token / tile * in.groups * tile + token % tile;
     int8_t* codes = in.codes + token / tile * in.width * tile + token % tile * 4;
     for (int64_t g = 0; g < in.groups; ++g, x += size) {
-        float most[kLanes] = {};
-        for (int i = 0; i < size; i += kLanes)
-            for (int j = 0; j < kLanes; ++j) most[j] = std::max(most[j], std::fabs(x[i + j]));
+        float most[kSums] = {};
+        for (int i = 0; i < size; i += kSums)
+            for (int j = 0; j < kSums; ++j) most[j] = std::max(most[j], std::fabs(x[i + j]));
         float top = 0;
         for (float lane : most) top = std::max(top, lane);
         // Numbers that are not finite make the scale, and so the result, not finite either: NaN * 0 is NaN, inf * 0 too.

@@ -1,4 +1,4 @@
-// Tiles of a linear layer in plain C++, in the same order of operations as with vector products.
+// Tiles of coded linear layers in plain C++, in the same order of operations as with vector products.
 #pragma once
 #include <cstdint>
 
@@ -41,22 +41,6 @@ void coded_tile(const kvfold_linear& l, const Inputs& in, int64_t block, int64_t
                     sums[t][b][r] += product * in.scales[at];
                 }
             }
-    }
-}
-
-template <int Blocks, int Tokens>
-void plain_tile(const kvfold_linear& l, const Inputs& in, int64_t block, int64_t tile, float (&sums)[Tokens][Blocks][kLinearRows]) {
-    for (int b = 0; b < Blocks; ++b) {
-        const uint16_t* codes = reinterpret_cast<const uint16_t*>(l.codes) + (block + b) * in.width * kLinearRows;
-        for (int t = 0; t < Tokens; ++t)
-            for (int r = 0; r < kLinearRows; ++r) sums[t][b][r] = 0;
-        for (int64_t i = 0; i < in.width; ++i) {
-            float w[kLinearRows];
-            for (int r = 0; r < kLinearRows; ++r) w[r] = from_bf16(codes[i / 2 * 2 * kLinearRows + 2 * r + i % 2]);
-            const float* x = in.numbers + (tile * in.width + i) * Tokens;
-            for (int t = 0; t < Tokens; ++t)
-                for (int r = 0; r < kLinearRows; ++r) sums[t][b][r] += w[r] * x[t];
-        }
     }
 }
 

@@ -1,174 +1,261 @@
-// Attention in plain C++, every format, float arithmetic. Compiled once for any machine and once for AVX2.
+// Attention for any machine, every format, float arithmetic. Compiled once for any machine and once for AVX2.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
-#include "kernels.h"
+#include "regroup.h"
+#include "unpack.h"
 
 namespace kvfold {
 namespace {
 
-// One unit of keys or values as numbers, [dims][16].
-using Numbers = float[kMaxDim][kUnit];
+struct Work {
+    alignas(64) float query[kMaxRows][kMaxDim];  // filled up with zeros to whole vectors
+    float weight[kMaxRows][kRun];                // scores at first
+    float sums[kMaxRows][kMaxDim * kLanes];      // of weighted values, and of codes still over lanes
+    Numbers numbers, small;
+};
+static_assert(sizeof(Work) <= sizeof(Scratch));
 
-// `count` codes of one dimension, up to 16.
-void unpack(const uint8_t* data, int width, int count, float* out) {
-    const uint64_t mask = (uint64_t(1) << width) - 1;
-    for (int first = 0; first < count; first += 8, data += width) {
-        uint64_t stream;
-        std::memcpy(&stream, data, 8);
-        for (int i = 0; i < std::min(8, count - first); ++i) out[first + i] = float(stream >> (width * i) & mask);
-    }
+// Up to 16 consecutive rows of a page.
+struct Unit {
+    const uint8_t* page;
+    int row, tokens;
+    int64_t number;
+};
+constexpr int kUnits = kRun / kUnit;  // whose weights are found together
+
+constexpr int padded(int kept) { return (kept + kUnit - 1) / kUnit * kUnit; }
+
+constexpr int kTogether = kLanes / 2;  // queries whose sums fit into registers
+
+// Calls f(first, count as a constant) for so many queries at a time.
+template <class F>
+void each_few(int rows, F f) {
+    int m = 0;
+    for (; m + kTogether <= rows; m += kTogether) f(m, std::integral_constant<int, kTogether>());
+    if (rows - m == 1) f(m, std::integral_constant<int, 1>());
+    if (rows - m == 2) f(m, std::integral_constant<int, 2>());
+    if (rows - m == 3) f(m, std::integral_constant<int, std::min(3, kTogether)>());
 }
 
-float half_at(const uint8_t* data) {
-    uint16_t x;
-    std::memcpy(&x, data, 2);
-    return from_f16(x);
+const uint8_t* side_of(const Format& fmt, const Row& side, const Unit& unit) {
+    return unit.page + size_t(unit.row / fmt.block) * fmt.block_bytes + (&side == &fmt.key ? 0 : fmt.key_bytes);
 }
 
-float step_of(uint8_t byte) {
-    return std::exp2(float(int(byte) - 128) / kStepsPerOctave);
+// Codes of one side of a unit as numbers, zeros behind its tokens.
+void read_codes(const Format& fmt, const Row& side, const Unit& unit, Work& w) {
+    if (side.unit == kUnit) {
+        decode(side, fmt.block, side_of(fmt, side, unit), unit.row % fmt.block / kUnit, w.numbers);
+    } else {
+        Unit part = unit;
+        for (int t = 0; t < unit.tokens; t += side.unit, part.row += side.unit) {
+            decode(side, fmt.block, side_of(fmt, side, part), part.row % fmt.block / side.unit, w.small);
+            for (int d = 0; d < side.kept; ++d) std::copy_n(w.small[d], side.unit, w.numbers[d] + t);
+        }
+    }
+    // What nobody wrote may be NaN.
+    for (int d = 0; unit.tokens < kUnit && d < side.kept; ++d) std::fill(w.numbers[d] + unit.tokens, w.numbers[d] + kUnit, 0.f);
 }
 
-// A unit of a block, its tokens being put at `at`.
-void decode(const Row& row, int block, const uint8_t* data, int unit, int at, Numbers& out) {
-    const uint8_t* codes = data + unit * row.unit_bytes;
-    const uint8_t* scales = data + row.scales;
-    for (int d = 0; d < row.kept; ++d) {
-        float* numbers = out[d] + at;
-        if (d < row.raw) {
-            for (int t = 0; t < row.unit; ++t) numbers[t] = read_raw(codes + row.offsets[d] + t * row.raw_bits / 8, row.raw_bits);
-            continue;
+template <int M>
+void score_codes(int kept, const Numbers& keys, const float (*query)[kMaxDim], float (*out)[kRun]) {
+    Lanes found[M][kParts];
+    for (auto& own : found) std::fill_n(own, kParts, Lanes{});
+    for (int d = 0; d < kept; ++d)
+        for (int part = 0; part < kParts; ++part) {
+            const auto key = load<Lanes>(keys[d] + kLanes * part);
+            for (int m = 0; m < M; ++m) found[m][part] += query[m][d] * key;
         }
-        unpack(codes + row.offsets[d], row.widths[d], row.unit, numbers);
-        if (row.scale == Scale::Static) {
-            for (int t = 0; t < row.unit; ++t) numbers[t] -= row.centre[d];
-        } else if (row.scale == Scale::Channel) {
-            const float low = half_at(scales + 2 * d), step = half_at(scales + 2 * (row.kept + d));
-            for (int t = 0; t < row.unit; ++t) numbers[t] = numbers[t] * step + low;
-        }
-    }
-    if (row.scale == Scale::Step) {
-        for (int t = 0; t < row.unit; ++t) {
-            const float step = step_of(scales[unit * row.unit + t]);
-            for (int d = 0; d < row.kept; ++d) out[d][at + t] = (out[d][at + t] - row.centre[d]) * step;
-        }
-    }
-    if (row.scale == Scale::Token) {
-        const int size = row.kept / row.groups;
-        for (int g = 0; g < row.groups; ++g) {
-            const uint8_t* low = scales + 2 * (g * block + unit * row.unit);
-            const uint8_t* step = low + 2 * row.groups * block;
-            for (int t = 0; t < row.unit; ++t) {
-                const float a = half_at(step + 2 * t), b = half_at(low + 2 * t);
-                for (int d = g * size; d < (g + 1) * size; ++d) out[d][at + t] = out[d][at + t] * a + b;
+    for (int m = 0; m < M; ++m) std::memcpy(out[m], found[m], sizeof found[m]);
+}
+
+template <int Bits>
+Pair load_pair(const uint8_t* data, int count) {
+    if (count >= 2 * kLanes) return load_pair<Bits>(data);
+    uint8_t own[2 * kLanes * Bits / 8] = {};
+    std::memcpy(own, data, size_t(count) * Bits / 8);
+    return load_pair<Bits>(own);
+}
+
+// As many sums at a time as there are lanes: tokens times queries.
+template <int Bits, int M>
+void score_raw(int kept, const uint8_t* data, int stride, int tokens, const float (*query)[kMaxDim], float (*out)[kRun]) {
+    constexpr int together = kLanes / (M == 3 ? 4 : M);
+    for (int t = 0; t < tokens; t += together) {
+        Lanes products[kLanes] = {};
+        const uint8_t* own[together];
+        for (int i = 0; i < together; ++i) own[i] = data + size_t(std::min(t + i, tokens - 1)) * stride;
+        for (int d = 0; d < kept; d += 2 * kLanes) {
+            for (int i = 0; i < together; ++i) {
+                const Pair keys = load_pair<Bits>(own[i] + d * Bits / 8, kept - d);
+                for (int m = 0; m < M; ++m)
+                    for (int part = 0; part < 2; ++part)
+                        products[i * M + m] += load<Lanes>(query[m] + d + part * kLanes) * keys.part[part];
             }
         }
+        const Lanes found = sums(products);
+        for (int i = 0; i < together; ++i)
+            for (int m = 0; m < M; ++m) out[m][t + i] = found[i * M + m];
     }
 }
 
-// 2^x for x <= 0 in operations that compilers turn into vector ones, relative error below 3e-7; 0 below 2^-126.
-inline float exp2_of(float x) {
-    const float inside = std::max(x, -126.f), rounding = 12582912.f;  // 1.5 * 2^23: what is added to it loses its fraction
-    const float whole = (inside + rounding) - rounding, part = inside - whole;
-    float y = 0.00015403530f;
-    for (const float c : {0.0013333558f, 0.0096181291f, 0.0555041087f, 0.2402265070f, 0.6931471806f, 1.f}) y = y * part + c;
-    const int32_t bits = (int32_t(whole) + 127) * (1 << 23);
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    const float found = y * scale;
-    return x < -126.f ? 0.f : found;
-}
-
-inline float sum_of(const float (&x)[kUnit]) {
-    float eight[8], four[4];
-    for (int i = 0; i < 8; ++i) eight[i] = x[i] + x[i + 8];
-    for (int i = 0; i < 4; ++i) four[i] = eight[i] + eight[i + 4];
-    return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-// Scores of 16 tokens, kNone for those that a query does not see. Returns the largest.
-float score(const Tile& tile, int m, int kept, const Numbers& keys, int64_t number, int tokens, float (&out)[kUnit]) {
-    std::fill_n(out, kUnit, 0.f);
-    for (int d = 0; d < kept; ++d) {
-        const float q = tile.query[m][d];
-        for (int t = 0; t < kUnit; ++t) out[t] += q * keys[d][t];
-    }
-    float most = kNone;
-    for (int t = 0; t < kUnit; ++t) {
-        const bool seen = t < tokens && number + t >= tile.first[m] && number + t < tile.last[m];
-        if (!seen) out[t] = kNone;
-        most = std::max(most, out[t]);
-    }
-    return most;
-}
-
-// Online softmax over 16 tokens.
-void add(Tile& tile, int kept_keys, const Numbers& keys, int kept_values, const Numbers& values, int64_t number, int tokens) {
+// Scores of a unit for all queries, at `at`; kNone for tokens that a query does not see.
+void score(const Format& fmt, const Tile& tile, const Unit& unit, int at, Work& w) {
+    const Row& row = fmt.key;
+    if (!fmt.raw()) read_codes(fmt, row, unit, w);
+    each_few(tile.rows, [&](int m, auto count) {
+        float(*out)[kRun] = reinterpret_cast<float(*)[kRun]>(w.weight[m] + at);
+        const auto raw = row.raw_bits == 16 ? score_raw<16, count> : score_raw<32, count>;
+        if (fmt.raw())
+            raw(row.kept, side_of(fmt, row, unit), fmt.block_bytes, unit.tokens, w.query + m, out);
+        else
+            score_codes<count>(row.kept, w.numbers, w.query + m, out);
+    });
     for (int m = 0; m < tile.rows; ++m) {
-        float weight[kUnit];
-        const float most = std::max(tile.most[m], score(tile, m, kept_keys, keys, number, tokens, weight));
-        if (most == kNone) continue;
-        const float shrink = std::exp2(tile.most[m] - most);
-        for (int t = 0; t < kUnit; ++t) weight[t] = exp2_of(weight[t] - most);
-        tile.most[m] = most;
-        tile.sum[m] = tile.sum[m] * shrink + sum_of(weight);
-        float* out = tile.out[m];
-        for (int d = 0; d < kept_values; ++d) {
-            float found[kUnit];
-            for (int t = 0; t < kUnit; ++t) {
-                const float value = weight[t] == 0 ? 0.f : values[d][t];  // what nobody wrote may be NaN
-                found[t] = weight[t] * value;
-            }
-            out[d] = out[d] * shrink + sum_of(found);
+        const auto from = int(std::max<int64_t>(tile.first[m] - unit.number, 0));
+        const auto to = int(std::min<int64_t>(tile.last[m] - unit.number, unit.tokens));
+        for (int t = 0; t < kUnit; ++t) w.weight[m][at + t] = t >= from && t < to ? w.weight[m][at + t] : kNone;
+    }
+}
+
+// Turns scores into weights and brings what the tile holds to the same largest score.
+void weigh(Tile& tile, int m, int count, float* weight) {
+    Lanes most = all(tile.most[m]), total{};
+    for (int t = 0; t < count; t += kLanes) {
+        const auto x = load<Lanes>(weight + t);
+        most = x > most ? x : most;
+    }
+    float top = most[0];
+    for (int i = 1; i < kLanes; ++i) top = std::max(top, most[i]);
+    if (top == kNone) {
+        std::fill_n(weight, count, 0.f);
+        return;
+    }
+    for (int t = 0; t < count; t += kLanes) {
+        const Lanes x = exp2_of(load<Lanes>(weight + t) - top);
+        store(weight + t, x);
+        total += x;
+    }
+    float added = 0;
+    for (int i = 0; i < kLanes; ++i) added += total[i];
+    const float shrink = std::exp2(tile.most[m] - top);
+    tile.most[m] = top;
+    tile.sum[m] = tile.sum[m] * shrink + added;
+    for (int d = 0; d < tile.dim; ++d) tile.out[m][d] *= shrink;
+}
+
+template <int M>
+void add_codes(int kept, const Numbers& values, const float (*weight)[kRun], float (*sums)[kMaxDim * kLanes]) {
+    Lanes own[M][kParts];
+    for (int m = 0; m < M; ++m) std::memcpy(own[m], weight[m], sizeof own[m]);
+    for (int d = 0; d < kept; ++d)
+        for (int m = 0; m < M; ++m) {
+            auto sum = load<Lanes>(sums[m] + d * kLanes);
+            for (int part = 0; part < kParts; ++part) sum += own[m][part] * load<Lanes>(values[d] + kLanes * part);
+            store(sums[m] + d * kLanes, sum);
         }
-        for (int d = kept_values; d < tile.dim; ++d) out[d] *= shrink;
+}
+
+template <int Bits, int M>
+void add_raw(int kept, const uint8_t* data, int stride, int tokens, const float (*weight)[kRun],
+             float (*sums)[kMaxDim * kLanes]) {
+    for (int d = 0; d < kept; d += 2 * kLanes) {
+        Pair found[M];
+        for (int m = 0; m < M; ++m) found[m] = load<Pair>(sums[m] + d);
+        for (int t = 0; t < tokens; ++t) {
+            const Pair values = load_pair<Bits>(data + size_t(t) * stride + d * Bits / 8, kept - d);
+            for (int m = 0; m < M; ++m)
+                for (int part = 0; part < 2; ++part) found[m].part[part] += weight[m][t] * values.part[part];
+        }
+        for (int m = 0; m < M; ++m) std::memcpy(sums[m] + d, &found[m], sizeof found[m]);
     }
 }
 
-// One side of uncompressed tokens, `stride` bytes apart.
-void read_tokens(const Row& row, const uint8_t* data, int stride, int tokens, Numbers& out) {
-    for (int t = 0; t < kUnit; ++t, data += stride)
-        for (int d = 0; d < row.kept; ++d) out[d][t] = t < tokens ? read_raw(data + d * row.raw_bits / 8, row.raw_bits) : 0;
+void add_values(const Format& fmt, const Tile& tile, const Unit& unit, int at, Work& w) {
+    const Row& row = fmt.value;
+    if (!fmt.raw()) read_codes(fmt, row, unit, w);
+    each_few(tile.rows, [&](int m, auto count) {
+        const auto weight = reinterpret_cast<const float(*)[kRun]>(w.weight[m] + at);
+        const auto raw = row.raw_bits == 16 ? add_raw<16, count> : add_raw<32, count>;
+        if (fmt.raw())
+            raw(row.kept, side_of(fmt, row, unit), fmt.block_bytes, unit.tokens, weight, w.sums + m);
+        else
+            add_codes<count>(row.kept, w.numbers, weight, w.sums + m);
+    });
 }
 
-// Keys or values of up to 16 tokens of a page from row `row` on.
-void read_rows(const Format& fmt, const Row& side, const uint8_t* page, int row, int tokens, Numbers& out) {
-    for (int t = 0; t < tokens; t += side.unit, row += side.unit) {
-        const uint8_t* block = page + size_t(row / fmt.block) * fmt.block_bytes + (&side == &fmt.key ? 0 : fmt.key_bytes);
-        if (fmt.raw()) return read_tokens(side, block, fmt.block_bytes, tokens, out);
-        decode(side, fmt.block, block, row % fmt.block / side.unit, t, out);
+// Adds the sums to what the tile holds.
+void gather(const Format& fmt, Tile& tile, const Work& w) {
+    const Row& row = fmt.value;
+    for (int m = 0; m < tile.rows; ++m) {
+        float* out = tile.out[m];
+        if (fmt.raw()) {
+            for (int d = 0; d < row.kept; ++d) out[d] += w.sums[m][place_of(d, row.raw_bits)];
+        } else {
+            for (int d = 0; d < row.kept; d += kLanes) {
+                Lanes own[kLanes];
+                std::memcpy(own, w.sums[m] + d * kLanes, sizeof own);
+                store(out + d, load<Lanes>(out + d) + sums(own));
+            }
+        }
     }
 }
 
-// Calls add(page, row, number, tokens) for up to 16 tokens of the runs at a time.
-template <class Add>
-void each_unit(const Run* runs, int count, Add add) {
+// Calls work(units, how many) for the rows of runs, up to kRun of them at a time.
+template <class F>
+void each_units(const Run* runs, int count, F work) {
+    Unit units[kUnits];
+    int found = 0;
     for (; count--; ++runs)
-        for (int row = runs->first; row < runs->last; row += kUnit)
-            add(runs->page, row, runs->number + row - runs->first, std::min(kUnit, runs->last - row));
+        for (int row = runs->first; row < runs->last; row += kUnit) {
+            units[found++] = {runs->page, row, std::min(kUnit, runs->last - row), runs->number + row - runs->first};
+            if (found == kUnits) work(units, std::exchange(found, 0));
+        }
+    if (found) work(units, found);
+}
+
+Work& begin(const Format& fmt, const Tile& tile, Scratch& scratch) {
+    auto& w = *reinterpret_cast<Work*>(scratch.bytes);
+    const Row& row = fmt.key;
+    for (int m = 0; m < tile.rows; ++m) {
+        std::fill_n(w.query[m], padded(row.kept), 0.f);
+        for (int d = 0; d < row.kept; ++d) w.query[m][fmt.raw() ? place_of(d, row.raw_bits) : d] = tile.query[m][d];
+    }
+    return w;
 }
 
 void attend(const Format& fmt, Tile& tile, const Run* runs, int count, Scratch& scratch) {
-    static_assert(2 * sizeof(Numbers) <= sizeof(Scratch));
-    auto* sides = reinterpret_cast<Numbers*>(scratch.bytes);
-    each_unit(runs, count, [&](const uint8_t* page, int row, int64_t number, int tokens) {
-        read_rows(fmt, fmt.key, page, row, tokens, sides[0]);
-        read_rows(fmt, fmt.value, page, row, tokens, sides[1]);
-        add(tile, fmt.key.kept, sides[0], fmt.value.kept, sides[1], number, tokens);
+    if (fmt.regrouped)
+        return each_regrouped(fmt, runs, count, scratch, [&](const Run& run) { attend(*fmt.regrouped, tile, &run, 1, scratch); });
+    Work& w = begin(fmt, tile, scratch);
+    each_units(runs, count, [&](const Unit* units, int n) {
+        for (int i = 0; i < n; ++i) score(fmt, tile, units[i], kUnit * i, w);
+        for (int m = 0; m < tile.rows; ++m) {
+            weigh(tile, m, kUnit * n, w.weight[m]);
+            std::fill_n(w.sums[m], padded(fmt.value.kept) * (fmt.raw() ? 1 : kLanes), 0.f);
+        }
+        for (int i = 0; i < n; ++i) add_values(fmt, tile, units[i], kUnit * i, w);
+        gather(fmt, tile, w);
     });
 }
 
 void receive(const Format& fmt, const Tile& tile, const Run* runs, int count, float power, float* mass, Scratch& scratch) {
-    auto& keys = *reinterpret_cast<Numbers*>(scratch.bytes);
-    each_unit(runs, count, [&](const uint8_t* page, int row, int64_t number, int tokens) {
-        read_rows(fmt, fmt.key, page, row, tokens, keys);
-        for (int m = 0; m < tile.rows; ++m) {
-            float scores[kUnit];
-            score(tile, m, fmt.key.kept, keys, number, tokens, scores);
-            for (int t = 0; t < kUnit; ++t)
-                if (scores[t] != kNone) mass[number + t] += exp2_of(power * (scores[t] - tile.most[m]));
+    if (fmt.regrouped)
+        return each_regrouped(fmt, runs, count, scratch, [&](const Run& run) {
+            receive(*fmt.regrouped, tile, &run, 1, power, mass, scratch);
+        });
+    Work& w = begin(fmt, tile, scratch);
+    each_units(runs, count, [&](const Unit* units, int n) {
+        for (int i = 0; i < n; ++i) {
+            score(fmt, tile, units[i], 0, w);
+            for (int m = 0; m < tile.rows; ++m) {
+                for (int t = 0; t < kUnit; t += kLanes)
+                    store(w.weight[m] + t, exp2_of(power * (load<Lanes>(w.weight[m] + t) - tile.most[m])));
+                for (int t = 0; t < units[i].tokens; ++t) mass[units[i].number + t] += w.weight[m][t];
+            }
         }
     });
 }
