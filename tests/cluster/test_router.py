@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +139,26 @@ def test_a_request_that_is_lost_again_and_again_gets_a_clean_error(tiny: GetTiny
         assert await running.ask(Add("s", tokens(60, 1), greedy(20), 0)) is not None
 
     together(tiny("llama"), body, transport=FaultyTransport, attempts=2)
+
+
+def test_an_answer_of_one_token_is_read_once(tiny: GetTiny) -> None:
+    """Even where the other worker, which asked for its cache in vain, is heard before the one that has the answer."""
+    made = tiny("llama")
+    prompt = tokens(90, 3)
+    [[[first, *_]]] = generated(run(made.engine("none"), [prompt], greedy(2)))
+    stopping = SamplingParams(temperature=0.0, max_tokens=9, stop_token_ids=[first])
+
+    async def body(running: Cluster) -> None:
+        engines = [worker.engine for worker in running.workers.values()]
+        for engine in engines:
+            step = engine.step
+            engine.step = lambda step=step: (step(), time.sleep(0.2))[0]  # type: ignore[method-assign]
+        for number, params in enumerate((stopping, greedy(1))):
+            assert await running.ask(Add(f"{number}", prompt, params, 0)) == [[first]]
+            assert sum(engine.prompt_tokens for engine in engines) <= (number + 1) * len(prompt)
+        assert sum(member.lost for member in running.router.members) <= 1
+
+    together(made, body)
 
 
 @pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (0, 2)])

@@ -14,7 +14,8 @@ class Job:
     """A request, what its completions have said so far (None: ended), and who works on it.
 
     reader: who reads the prompt, until its cache has been fetched and its first tokens are known; writer: who gives the
-    answer. key: its id among workers, another one for each attempt, so that nothing old is taken for new.
+    answer. lost: why its cache did not arrive, until the reader says whether it is wanted. key: its id
+    among workers, another one for each attempt, so that nothing old is taken for new.
     """
 
     add: Add
@@ -24,6 +25,7 @@ class Job:
     writer: Member | None = None
     fetched: bool = False
     told: bool = False  # what the reader sampled
+    lost: str | None = None
     early: list[Update] = field(default_factory=list)  # of the writer, before that
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     cached: int = 0
@@ -61,6 +63,7 @@ class Job:
         self.attempt += 1
         self.reader = self.writer = None
         self.fetched = self.told = False
+        self.lost = None
         self.early.clear()
 
     def hear(self, update: Update) -> tuple[Update, bool]:

@@ -162,8 +162,7 @@ class Router:
                 self._fetched(event)
             case Lost():
                 member.lost += 1
-                if event.id in self._keys:
-                    self._again(self._keys[event.id], event.reason)
+                self._lost(event)
             case Rejected():
                 self._rejected(event)
             case WorkerReport():
@@ -243,6 +242,15 @@ class Router:
             _send(job.reader, Release(job.key))
             self._reader_done(job)
 
+    def _lost(self, event: Lost) -> None:
+        """A cache did not arrive. Where the answer ends with its first token it is gone for that, and the reader is
+        about to say so."""
+        job = self._keys.get(event.id)
+        if job is not None and job.reader is not None and not job.told:
+            job.lost = event.reason
+        elif job is not None:
+            self._again(job, event.reason)
+
     def _reader_done(self, job: Job) -> None:
         if job.reader is not None and job.fetched and job.told:
             job.reader.jobs.pop(job.key, None)
@@ -260,6 +268,8 @@ class Router:
             self._deliver(Updates([heard]))
         if heard.finished:
             self._forget(job)
+        elif moves and job.lost is not None:
+            self._again(job, job.lost)
         elif moves:
             job.told = True
             early, job.early = job.early, []

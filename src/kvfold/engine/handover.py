@@ -117,11 +117,12 @@ class Handovers:
         self._most = most  # sequences that run at once
 
     def begin(self, item: Scheduled) -> None:
-        """Offers the cache of a prompt whose last tokens are about to be computed, unless nobody waits for it or
-        compressing it comes after computing it."""
+        """Offers the cache of a prompt whose last tokens are about to be computed, unless nobody waits for it, nobody
+        will want it, or compressing it comes after computing it."""
         request, tables = item.sequence.request, item.sequence.held
         complete = item.sequence.computed + item.count == len(item.sequence)
-        if request.handover and complete and not isinstance(tables, StagedTables):
+        going_on = any(len(s) + 1 < s.limit for s in request.sequences)
+        if request.handover and complete and going_on and not isinstance(tables, StagedTables):
             self._offer(item.sequence, len(item.sequence))
 
     def finish(self, request: Request) -> None:
