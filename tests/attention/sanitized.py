@@ -43,8 +43,9 @@ def layouts(dim: int, raw: int) -> list[CacheLayout]:
 
 
 def staged(dim: int, raw: int, dtype: torch.dtype) -> list[Case]:
-    """Coordinates of every kind, windows and watches over tracks of every kind of scale."""
+    """Coordinates of every kind, windows and watches over tracks of every kind of scale, and small blocks."""
     page = 160 * dim
+    watches = (Watch(), Watch(3, power=2), Watch(power=0))
     made = []
     for index, frame in enumerate(FRAMES):
         scale = list(Scale)[index % 4]
@@ -53,9 +54,11 @@ def staged(dim: int, raw: int, dtype: torch.dtype) -> list[Case]:
         if frame == "selected":
             fmt = PageFormat(page, dim, 1, *(Row((Segment(raw, kept),)) for kept in (dim // 2 + 1, dim - 3)))
         for windows in ((None,), (9,)):
-            watches = (Watch(), Watch(3, power=2), Watch(power=0))
             layout = StagedLayout(raw_format(page, dim, raw), windows, 2, (((fmt,) * 2,),), (1.0,), watches=watches)
             made.append(Case(layout, ((frame, frame),), (150, 61), (1, 11), 3, index, dtype))
+    small = PageFormat(page, dim, 2, Row((Segment(4, dim),)), Row((Segment(4, dim),), Scale.STEP))
+    layout = StagedLayout(raw_format(page, dim, raw), (None,), 2, (((small,) * 2,),), (1.0,), watches=watches)
+    made.append(Case(layout, (("scaled", "scaled"),), (150, 61), (1, 11), 3, 9, dtype))
     return made
 
 

@@ -254,7 +254,9 @@ void receive(const Format& fmt, const Tile& tile, const Run* runs, int count, fl
             for (int m = 0; m < tile.rows; ++m) {
                 for (int t = 0; t < kUnit; t += kLanes)
                     store(w.weight[m] + t, exp2_of(power * (load<Lanes>(w.weight[m] + t) - tile.most[m])));
-                for (int t = 0; t < units[i].tokens; ++t) mass[units[i].number + t] += w.weight[m][t];
+                // Units may be filled up with rows that there is no mass for; nobody sees those.
+                const int seen = int(std::min<int64_t>(tile.last[m] - units[i].number, units[i].tokens));
+                for (int t = 0; t < seen; ++t) mass[units[i].number + t] += w.weight[m][t];
             }
         }
     });
