@@ -9,13 +9,12 @@ All predictions are made, and printed, before the cluster is started: workers as
 rate has prompts of its own, so that no prefix is known but those that the trace's requests share.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planner_replay import row
+from benchmarks.planner_replay import replay_parser, row
 from benchmarks.serving import serving
 from kvfold.benchmark.options import Limits as Targets
 from kvfold.benchmark.options import TargetOptions, WorkloadOptions
@@ -50,23 +49,13 @@ class Replay:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", type=Path, required=True)
-    parser.add_argument("--trace", type=Path, required=True)
+    parser = replay_parser(__doc__, requests=100)
     parser.add_argument("--placement", default="disaggregated(prefill=1,decode=1)")
-    parser.add_argument("--kv", action="append", required=True)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--kv-memory", default="1GiB")
     parser.add_argument("--transport", default="tcp")
     parser.add_argument("--link-gbps", type=float, default=10.0)
     parser.add_argument("--request-overhead", type=float, default=0.0)
     parser.add_argument("--slowdown", type=float, default=0.0)
-    parser.add_argument("--lengths-scale", type=float, default=0.1)
     parser.add_argument("--from", dest="first", type=int, default=0)
-    parser.add_argument("--requests", type=int, default=100)
-    parser.add_argument("--rate", type=float, action="append", required=True)
-    parser.add_argument("--ttft", type=float, default=2.0)
-    parser.add_argument("--tpot", type=float, default=0.1)
     options = parser.parse_args()
     profile, placement = load_profile(options.profile), parse_placement(options.placement)
     asked, _ = load_requests(

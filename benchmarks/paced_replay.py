@@ -9,17 +9,15 @@ waits until `--factor` times what the profile says has passed. What then differs
 latency model's doing. `overrun`: of all steps' time, the share that came on top because computing took longer still.
 """
 
-import argparse
 import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from benchmarks.planner_replay import SEEDS, build, prompt, row
+from benchmarks.planner_replay import SEEDS, build, prompt, replay_parser, row, unlike_requests
 from kvfold.benchmark.trace import TraceRequest
 from kvfold.cluster.tcp import TcpTransport
 from kvfold.config.size import parse_bytes
@@ -29,11 +27,11 @@ from kvfold.engine.params import SamplingParams
 from kvfold.engine.runner import StepResult
 from kvfold.engine.scheduler import Scheduled
 from kvfold.planner.document import load_profile
-from kvfold.planner.latency import DecodeCost, LatencyModel, PrefillCost, StepWork, chunk_squares
+from kvfold.planner.latency import LatencyModel, StepWork, chunk_squares
 from kvfold.planner.placement import Link, parse_placement
 from kvfold.planner.records import Limits, RequestRecord, SimulationResult
 from kvfold.planner.simulator import simulate
-from kvfold.planner.workload import at_rate, load_requests
+from kvfold.planner.workload import at_rate
 from kvfold.server.messages import Add, Rejected
 from tests.cluster.local import Cluster, cluster
 
@@ -44,7 +42,7 @@ class Pace:
     """Makes the steps of an engine as long as a latency model says."""
 
     def __init__(self, engine: Engine, latency: LatencyModel) -> None:
-        self.taken = self.overrun = 0.0
+        self.taken = self.overrun = 0.0  # seconds
         self._run, self._latency = engine._runner.run, latency
         self._page_bytes = engine.memory.pool.page_bytes
         engine._runner.run = self._paced  # type: ignore[method-assign]
@@ -55,8 +53,9 @@ class Pace:
         result = self._run(scheduled, outgoing)
         left = began + seconds - time.monotonic()
         time.sleep(max(0.0, left))
-        self.taken += seconds + max(0.0, -left)
-        self.overrun += max(0.0, -left)
+        overrun = max(0.0, -left)
+        self.taken += seconds + overrun
+        self.overrun += overrun
         return result
 
     def _work(self, scheduled: Sequence[Scheduled]) -> StepWork:
@@ -73,50 +72,34 @@ class Pace:
 
 
 def slower(latency: LatencyModel, factor: float) -> LatencyModel:
-    prefill, decode = (astuple(cost) for cost in (latency.prefill, latency.decode))
-    above = latency.decode_above and DecodeCost(*(factor * x for x in astuple(latency.decode_above)))
-    return LatencyModel(
-        PrefillCost(*(factor * x for x in prefill)), DecodeCost(*(factor * x for x in decode)), above, latency.knee
-    )
+    costs = (latency.prefill, latency.decode, latency.decode_above)
+    return LatencyModel(*(cost and type(cost)(*(factor * x for x in astuple(cost))) for cost in costs), latency.knee)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", type=Path, required=True)
+    parser = replay_parser(__doc__, requests=50, ttft=3.0, tpot=0.3)
     parser.add_argument("--factor", type=float, default=2.0)
-    parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--placement", default="disaggregated(prefill=1,decode=1)")
-    parser.add_argument("--kv", action="append", required=True)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--kv-memory", default="1GiB")
     parser.add_argument("--link-gbps", type=float, default=1.0)
-    parser.add_argument("--lengths-scale", type=float, default=0.1)
-    parser.add_argument("--requests", type=int, default=50)
-    parser.add_argument("--rate", type=float, action="append", required=True)
-    parser.add_argument("--ttft", type=float, default=3.0)
-    parser.add_argument("--tpot", type=float, default=0.3)
     options = parser.parse_args()
     profile, placement = load_profile(options.profile), parse_placement(options.placement)
     memory, link = parse_bytes(options.kv_memory), Link(options.link_gbps)
-    asked, _ = load_requests(
-        options.trace, profile.positions, count=options.requests, lengths_scale=options.lengths_scale
-    )
-    asked = [replace(request, hash_ids=()) for request in asked]  # as the prompts below
+    asked = unlike_requests(options, profile)
+    limits = Limits(options.ttft, options.tpot)
     transport = partial(TcpTransport, gbps=link.gbps)
+    roles = {"prefill": placement.prefill, "decode": placement.decode or placement.mixed}
     for kv in options.kv:
         method = profile.of(kv)
         method = replace(method, latency=slower(method.latency, options.factor))
         workers = placement.prefill + placement.decode + placement.mixed
         engines = [build(profile, options.model, [kv], memory).engine for _ in range(workers)]
+        paces = [Pace(engine, method.latency) for engine in engines]
         for rate in options.rate:
             timed = at_rate(asked, rate)
-            limits = Limits(options.ttft, options.tpot)
             predicted = row(simulate(timed, placement, method, profile.limits, memory, link), limits)
-            paces = [Pace(engine, method.latency) for engine in engines]
-            roles = {"prefill": placement.prefill, "decode": placement.decode or placement.mixed}
+            for pace in paces:
+                pace.taken = pace.overrun = 0.0
             measured = row(asyncio.run(replay(engines, transport, timed, roles)), limits)
-            for engine, pace in zip(engines, paces, strict=True):
-                engine._runner.run = pace._run  # type: ignore[method-assign]
             overrun = sum(p.overrun for p in paces) / sum(p.taken for p in paces)
             figures = {"predicted": predicted, "measured": measured, "overrun": round(overrun, 4)}
             print(json.dumps({"kv": kv, "rate": rate, **figures}), flush=True)

@@ -31,25 +31,35 @@ SEEDS = itertools.count(1)
 """Of prompts: none comes twice, so that no prefix is known."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def replay_parser(about: str | None, requests: int, ttft: float = 2.0, tpot: float = 0.1) -> argparse.ArgumentParser:
+    """Options that all replays have, with these defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--kv", action="append", required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--kv-memory", default="1GiB")
     parser.add_argument("--lengths-scale", type=float, default=0.1)
-    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--requests", type=int, default=requests)
     parser.add_argument("--rate", type=float, action="append", required=True)
-    parser.add_argument("--ttft", type=float, default=2.0)
-    parser.add_argument("--tpot", type=float, default=0.1)
-    options = parser.parse_args()
-    profile, memory = load_profile(options.profile), parse_bytes(options.kv_memory)
-    limits = Limits(options.ttft, options.tpot)
+    parser.add_argument("--ttft", type=float, default=ttft)
+    parser.add_argument("--tpot", type=float, default=tpot)
+    return parser
+
+
+def unlike_requests(options: argparse.Namespace, profile: Profile) -> list[TraceRequest]:
+    """A trace's requests, of which no two begin alike: `prompt` makes their tokens."""
     asked, _ = load_requests(
         options.trace, profile.positions, count=options.requests, lengths_scale=options.lengths_scale
     )
-    asked = [replace(request, hash_ids=()) for request in asked]  # as in the prompts below
+    return [replace(request, hash_ids=()) for request in asked]
+
+
+def main() -> None:
+    options = replay_parser(__doc__, requests=60).parse_args()
+    profile, memory = load_profile(options.profile), parse_bytes(options.kv_memory)
+    limits = Limits(options.ttft, options.tpot)
+    asked = unlike_requests(options, profile)
     llm = build(profile, options.model, options.kv, memory)
     for rate in options.rate:
         for lane, kv in enumerate(options.kv):
