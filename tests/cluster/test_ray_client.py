@@ -33,6 +33,7 @@ OWN = {
 }
 BIN = Path(sys.executable).parent
 PROMPT = "A page belongs to one sequence. " * 8
+TINY = ("--kv-memory", "8MiB", "--dtype", "float32", "--threads", "1", "--served-model-name", "tiny")
 
 
 def free_port() -> int:
@@ -103,8 +104,7 @@ def test_a_foreign_cluster_serves_and_is_left_as_it_was(
     """Both servers want all of its cores: the second one starts only if the first has given them back."""
     address, process = head
     place = ("--ray-address", address, "--prefill-workers", "1", "--decode-workers", "1", "--transport", transport)
-    sizes = ("--kv-memory", "8MiB", "--dtype", "float32", "--threads", "1", "--served-model-name", "tiny")
-    with RunningServer(tiny_llama, *place, *sizes, cache=tmp_path, **OWN) as server:
+    with RunningServer(tiny_llama, *place, *TINY, cache=tmp_path, **OWN) as server:
         with server.client() as client:
             asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 20, "temperature": 0, "ignore_eos": True}
             answer = client.post("/v1/completions", json=asked)
@@ -122,12 +122,11 @@ def test_a_head_node_that_is_lost_gives_clean_errors_and_is_waited_for(
 ) -> None:
     port, own = free_port(), free_port()
     place = ("--ray-address", f"ray://127.0.0.1:{port}", "--prefill-workers", "1", "--decode-workers", "1")
-    sizes = ("--kv-memory", "8MiB", "--dtype", "float32", "--threads", "1", "--served-model-name", "tiny")
     asked = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "ignore_eos": True}
     long = {**asked, "max_tokens": 400}
     with ExitStack() as stack:
         first = stack.enter_context(head_node(port, own))
-        server = stack.enter_context(RunningServer(tiny_llama, *place, *sizes, cache=tmp_path, **OWN))
+        server = stack.enter_context(RunningServer(tiny_llama, *place, *TINY, cache=tmp_path, **OWN))
         with server.client(timeout=120.0) as client, ThreadPoolExecutor() as threads:
             answer = threads.submit(client.post, "/v1/completions", json=long)
             time.sleep(0.5)

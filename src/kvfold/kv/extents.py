@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfold.kv import exponents
+from kvfold.kv.exponents import Bytes
 from kvfold.kv.pool import PagePool, Pages
 
 Index = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
