@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
 
 from kvfold.engine.params import SamplingParams
 from kvfold.errors import MemoryLimitError, TransferError
@@ -156,3 +158,18 @@ def test_another_method_model_or_calibration_is_refused(tiny: GetTiny) -> None:
     for other in ("zeroc(bits=3,recent=16)", "zeroc(bits=4,recent=32)", "none"):
         with pytest.raises(TransferError, match="another method"):
             tiny("llama").engine(other).handovers.expect(header, 0)
+
+
+@pytest.mark.parametrize("method", ["none", "zeroc(bits=4,recent=16)"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_part_of_another_size_writes_nothing(tiny: GetTiny, method: str, change: int) -> None:
+    source, target = (tiny("llama").engine(method) for _ in range(2))
+    source.add_request(tokens(90, 1), greedy(8), request_id="r", handover=True)
+    step_until(source, "r")
+    outgoing = source.handovers.outbox["r"]
+    arriving = target.handovers.expect(outgoing.header, 0)
+    assert arriving is not None
+    before = target.memory.pool.data.clone()
+    with pytest.raises(ValueError, match="bytes"):
+        arriving.extents.write(target.memory.pool, 0, np.resize(outgoing.part(0, 0), outgoing.part(0, 0).size + change))
+    assert torch.equal(target.memory.pool.data, before)

@@ -46,6 +46,7 @@ def same(found: RequestOutput, expected: RequestOutput) -> None:
         assert one.finish_reason == other.finish_reason
         differ = (i for i, (a, b) in enumerate(zip(one.token_ids, other.token_ids, strict=True)) if a != b)
         end = next(differ, len(wanted)) + 1
+        assert (chosen[end - 1 : end] - wanted[end - 1 : end]).abs().sum() < 1e-3
         assert_same_but_for_rounding(chosen[:end], wanted[:end])
 
 
